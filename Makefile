@@ -1,0 +1,68 @@
+# Two commands matter: `make run` and `make test`. Each first makes .venv when it is missing or out of date.
+.DEFAULT_GOAL := help
+.PHONY: help install run test check lab docs clean
+SHELL := /bin/bash
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.kilobench-installed
+PIP   := $(BIN)/python -m pip --disable-pip-version-check -qq
+# The tests' own outputs: never the checkout's outputs/.
+SCRATCH := /tmp/kilobench-test-$(shell id -u)-$(shell echo "$(CURDIR)" | cksum | cut -d' ' -f1)
+
+# On a shared machine threads that spin while they wait take the other core away (DESIGN §7).
+export OMP_WAIT_POLICY := passive
+export KMP_BLOCKTIME := 0
+
+help:
+	@echo "make run      the main job: kilobench run renderer --preset cpu, at most ten minutes on two cores"
+	@echo "make test     everything CI checks"
+	@echo "make lab      JupyterLab on localhost"
+	@echo "make install  only the set-up (.venv); PYTHON=… chooses the interpreter, 3.11 or newer"
+	@echo "make clean    removes build leftovers; .venv and outputs/ stay"
+
+install: $(STAMP)
+
+# PYTHON=… wins; else the first of python3.11, python3 that starts (a pyenv shim may exist and not) and is new enough.
+$(STAMP): requirements.txt setup.py settings.ini
+	@found=""; for p in $(or $(PYTHON),python3.11 python3); do \
+	  if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then found="$$p"; break; fi; done; \
+	if [ -z "$$found" ]; then \
+	  echo "make install: no Python 3.11 or newer (with venv) among: $(or $(PYTHON),python3.11 python3); install one, or say PYTHON=/path/to/python3.11" >&2; exit 2; fi; \
+	[ -x $(BIN)/python ] || { echo "making $(VENV) with $$found"; "$$found" -m venv $(VENV); }
+	@echo "installing requirements.txt (minutes the first time, seconds after)"
+	@$(PIP) install -r requirements.txt 'setuptools>=77' wheel
+	@$(PIP) install -e . --no-deps --no-build-isolation
+	@touch $@
+
+run: $(STAMP)
+	@$(BIN)/kilobench run renderer --preset cpu
+	@echo "the notebooks themselves: make lab"
+
+# Stages of one project share a run folder and its lock: their notebooks run one after the other.
+# Cheap and telling first; pytest last, so that its closing line is the last one.
+test: check
+	@rm -rf $(SCRATCH) && mkdir -p $(SCRATCH)
+	@echo "== nbdev_test: every notebook at smoke size"
+	@for part in $$(find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec dirname {} + | sort -u); do \
+	  n=1; only=; if [ "$$part" = nbs/core ]; then n=2; fi; if [ "$$part" = nbs ]; then only='--skip_folder_re .*'; fi; \
+	  echo "-- $$part"; \
+	  KILOBENCH_OUTPUTS=$(SCRATCH)/notebooks $(BIN)/nbdev_test --path $$part $$only --n_workers $$n --timing || exit 1; done
+	@echo "== pytest"
+	@KILOBENCH_OUTPUTS=$(SCRATCH)/pytest $(BIN)/python -m pytest -n 2 --basetemp $(SCRATCH)/tmp
+
+check: $(STAMP)
+	@echo "== notebooks clean and in sync with kilobench/"
+	@$(BIN)/python tests/notebook_checks.py
+	@echo "== ruff"
+	@$(BIN)/ruff check --output-format concise kilobench setup.py
+
+lab: $(STAMP)
+	@$(BIN)/jupyter lab --ip 127.0.0.1 nbs/index.ipynb
+
+docs:
+	@echo "make docs: the site is not there yet: it needs docs/conf.py (Sphinx + myst-nb, DESIGN §7), which belongs to a later issue" >&2; exit 2
+
+clean:
+	@rm -rf build dist kilobench.egg-info .pytest_cache .ruff_cache .hypothesis $(SCRATCH)
+	@find kilobench nbs tests -name __pycache__ -prune -exec rm -rf {} + -o -name .ipynb_checkpoints -prune -exec rm -rf {} +
