@@ -45,7 +45,7 @@ test: check
 	@rm -rf $(SCRATCH) && mkdir -p $(SCRATCH)
 	@echo "== nbdev_test: every notebook at smoke size"
 	@for part in $$(find nbs -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec dirname {} + | sort -u); do \
-	  n=1; only=; if [ "$$part" = nbs/core ]; then n=2; fi; if [ "$$part" = nbs ]; then only='--skip_folder_re .*'; fi; \
+	  n=1; only=; if [ "$$part" = nbs/core ]; then n=2; fi; if [ "$$part" = nbs ]; then only='--skip_folder_re ^.'; fi; \
 	  echo "-- $$part"; \
 	  KILOBENCH_OUTPUTS=$(SCRATCH)/notebooks $(BIN)/nbdev_test --path $$part $$only --n_workers $$n --timing || exit 1; done
 	@echo "== pytest"

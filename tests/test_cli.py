@@ -47,7 +47,7 @@ def toy(tmp_path_factory):
 
 
 REPORT = {"project": "toy", "preset": "cpu", "stamp": {"ssim": "gaussian 11"}, "data": {"checks": []}, "counterfactual": {}, "collapsed": False, "seconds": {"train": 31.0},
-          "rows": [{"name": "slots", "role": "student", "metrics": {"psnr": 36.7}, "cost": {"parameters": 300}}, {"name": "blank page", "role": "control", "metrics": {"psnr": 9.5}, "cost": {}}],
+          "rows": [{"name": "slots", "role": "student", "metrics": {"psnr": 36.7, "lpips": "unavailable"}, "cost": {"parameters": 300}}, {"name": "blank page", "role": "control", "metrics": {"psnr": 9.5}, "cost": {}}],
           "criteria": [{"name": "iid", "metric": "psnr", "op": ">=", "threshold": 35, "value": 36.7, "passed": True, "source": "the seed"},
                        {"name": "held out", "metric": "psnr", "op": ">=", "threshold": 34, "value": 30.2, "passed": False, "source": "the seed"}]}
 
@@ -125,7 +125,7 @@ def test_show_prints_criteria_rows_and_the_page(toy, tmp_path):
     for word in ("toy/shown", "toy", str(folder)):
         out = run("show", word).stdout
         assert "iid\t36.7\t>= 35\tpassed\tthe seed" in out and "held out\t30.2\t>= 34\tFAILED" in out
-        assert "slots\tstudent\t36.7\t300" in out and "blank page\tcontrol\t9.5" in out
+        assert "\tslots\tblank page\nrole\tstudent\tcontrol\npsnr\t36.7\t9.5\nparameters\t300\t\nlpips: unavailable" in out
         assert "criteria: 1 of 2 passed" in out and out.splitlines()[-1] == f"scorecard: {folder / 'index.html'}"
     (folder / "report.json").write_text('{"project": "toy"')
     assert "report.json" in one_line(run("show", "toy/shown"))

@@ -414,5 +414,5 @@ def test_flops_of_a_module_that_expands_a_parameter():
         def forward(self, x): return self.block(self.canvas.expand(x.shape[0], -1, -1, -1))
 
     net = Canvas()
-    assert metrics.flops(net, torch.zeros(2)) == 2 * 2 * 64 * 4 * 4 * 9
+    assert M.flops(net, torch.zeros(2)) == 2 * 2 * 64 * 4 * 4 * 9
     assert all(p.requires_grad for p in net.parameters())

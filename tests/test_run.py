@@ -720,3 +720,25 @@ def test_locks_and_files_are_closed():
     before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else pytest.skip("no /proc")
     for _ in range(20): run.mark("data", 1)
     assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def test_a_stage_whose_maker_changed_is_made_again(outputs, capsys):
+    "The cache's name holds the maker's version: another version is another file, and 'done' for the old one does not count."
+    class Toy(Recipe):
+        "An imaginary project."
+        project, presets = "toy", {"smoke": {}, "cpu": {}, "full": {}}
+
+    version, made = [1], []
+    run = Run.open(Toy.make("smoke"), outputs / "r")
+
+    @stage(makes=lambda run: [run.cache("numbers", "seed", extra={"maker": version[0]})])
+    def data(run: Run) -> None:
+        "Make a file."
+        made.append(version[0])
+        write_json(run.cache("numbers", "seed", extra={"maker": version[0]}), [1])
+
+    data(run); data(run)
+    version[0] = 2
+    data(run); data(run)
+    assert made == [1, 2]
+    assert "another file now" in capsys.readouterr().out

@@ -9,7 +9,7 @@ __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'O
            'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips', 'look_at_options', 'look_at_house',
            'doctor']
 
-# %% ../../nbs/core/13_cli.ipynb #e5016e64
+# %% ../../nbs/core/13_cli.ipynb #9ddb2d03
 import ast, functools, importlib, importlib.metadata, os, re, shutil, sys, traceback
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence
@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 import kilobench
 from .recipe import UserError, find_projects, leaves, load_recipe_class, nearest, pick_device
 from .run import Run, is_main, notebooks_dir, outputs_dir, project_root, read_json
-from .series import STAGES, Stopped, find_series, run_series
+from .series import QUIET_THREADS, STAGES, Stopped, find_series, run_series
 
 # %% ../../nbs/core/13_cli.ipynb #0a3f3a2e
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -130,18 +130,18 @@ def _text(value: Any) -> str:
     if isinstance(value, float): return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return " ".join(str(value).split())
 
-# %% ../../nbs/core/13_cli.ipynb #1acab7fa
+# %% ../../nbs/core/13_cli.ipynb #32808dcd
 def _values(overrides: Sequence[str] | None, device: str) -> list[str]: return [*(overrides or ()), *[f"device={device}"][:bool(device)]]
 
 def closing(run: Run) -> str:
     """What there is to say at the end of a run: criteria passed, and where the scorecard lies."""
     lines, page = [], run.path("index.html")
-    if run.path("report.json").exists():
-        report = read_json(run.path("report.json"))
-        criteria = report.get("criteria", [])
+    report = read_json(run.path("report.json")) if run.path("report.json").exists() else {}
+    if criteria := report.get("criteria", []):
         failed = [c for c in criteria if not c["passed"]]
-        lines.append(f"criteria: {len(criteria) - len(failed)} of {len(criteria)} passed" + "; COLLAPSED" * bool(report.get("collapsed")))
-        lines += [f"  failed: {c['name']}: {c['metric']} {_text(c['value'])}, asked {c['op']} {_text(c['threshold'])}" for c in failed]
+        lines.append(f"criteria: {len(criteria) - len(failed)} of {len(criteria)} passed")
+        if report.get("collapsed"): lines.append("  COLLAPSED: the student does not clear its controls, so all fail whatever their number")
+        else: lines += [f"  failed: {c['name']}: {_text(c['value'])}, asked {c['op']} {_text(c['threshold'])}" for c in failed]
     lines.append(f"scorecard: {page}" if page.exists() else f"run: {run.dir} (no scorecard yet: evaluate has not ended)")
     return "\n".join(lines)
 
@@ -159,11 +159,12 @@ def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke",
     except Stopped as e: raise typer.Exit(128 + e.signum) from None
     print(closing(made))
 
-# %% ../../nbs/core/13_cli.ipynb #f3921ea4
+# %% ../../nbs/core/13_cli.ipynb #ba19546d
 @app.command()
 def train(project: Project, overrides: Overrides = None, preset: Preset = "smoke", name: Name = "", device: Device = "") -> None:
     """Train without notebooks; the entry for torchrun."""
     recipe = load_recipe_class(project).make(preset, _values(overrides, device))
+    for variable, value in QUIET_THREADS.items(): os.environ.setdefault(variable, value)  # read when torch is imported
     if recipe.device != "auto": pick_device(recipe.device)
     made = Run.open(recipe, outputs_dir() / project / name if name else "")
     importlib.import_module(f"kilobench.{project}.train").train(made)
@@ -201,12 +202,13 @@ def recipe(project: Project, overrides: Overrides = None, preset: Preset = "smok
         rows = [(name, str(value), kind, about) for name, value, kind, about in made.table()]
         show_table(["field", "value", "type", "meaning, unit"], rows, f"{project}, preset {preset}")
 
-# %% ../../nbs/core/13_cli.ipynb #ab16a802
-def _rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The rows of a report as one table: a column for each metric, then for each cost, that some row has."""
-    flat = [{"row": r["name"], "role": r["role"]} | _flat(r["metrics"]) | _flat(r["cost"]) for r in report["rows"]]
-    columns = list(dict.fromkeys(k for row in flat for k in row))
-    return columns, [[row.get(c) for c in columns] for row in flat]
+# %% ../../nbs/core/13_cli.ipynb #55c5c017
+def _rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], dict[str, str]]:
+    """The rows of a report turned into columns, a line for each metric and cost that is a number somewhere; and the words, once each."""
+    flat = [{"role": r["role"]} | _flat(r["metrics"]) | _flat(r["cost"]) for r in report["rows"]]
+    names = list(dict.fromkeys(["role", *(k for part in ("metrics", "cost") for r in report["rows"] for k in _flat(r[part]))]))
+    words = {k: v for row in flat for k, v in row.items() if isinstance(v, str) and k != "role"}
+    return ["", *(r["name"] for r in report["rows"])], [[n, *(row.get(n) for row in flat)] for n in names if n not in words], words
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as dotted names; lists are left out."""
@@ -227,11 +229,12 @@ def show(run: OneRun) -> None:
     criteria = [(c["name"], c["value"], f"{c['op']} {_text(c['threshold'])}", "passed" if c["passed"] else "FAILED", c["source"])
                 for c in report["criteria"]]
     show_table(["criterion", "value", "asked", "", "source"], criteria, f"{made.project}, {made.dir.name}")
+    columns, lines, words = _rows(report)
     print()
-    show_table(*_rows(report), "rows")
-    print()
-    show_table(["stage", "seconds"], report["seconds"].items())
-    print(f"\n{closing(made)}")
+    show_table(columns, lines)
+    for name, text in words.items(): print(f"{name}: {text}")
+    print("\nseconds: " + ", ".join(f"{stage} {_text(seconds)}" for stage, seconds in report["seconds"].items()))
+    print(closing(made))
 
 @app.command()
 def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="two or more, as for show", autocompletion=_complete_runs)]) -> None:

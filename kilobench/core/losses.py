@@ -45,7 +45,7 @@ def total_variation(pred: Tensor, target: Tensor | None = None) -> Tensor:
     """Mean absolute difference of neighbouring pixels, [B, C, H, W] → scalar; `target` is accepted and not looked at."""
     return ((pred[..., 1:, :] - pred[..., :-1, :]).abs().mean() + (pred[..., :, 1:] - pred[..., :, :-1]).abs().mean()) / 2
 
-# %% ../../nbs/core/04_losses.ipynb #3d54ba87
+# %% ../../nbs/core/04_losses.ipynb #9f31e906
 @cache
 def _torchmetrics_ssim() -> Callable[..., Tensor]:
     from kilobench.core.metrics import import_torchvision
@@ -59,9 +59,10 @@ def ssim_loss(pred: Tensor, target: Tensor) -> Tensor:
     _same("ssim_loss", pred, target)
     if pred.dim() != 4 or min(pred.shape[-2:]) < 11:
         raise UserError(f"ssim_loss: image {tuple(pred.shape)}, expected [B, C, H, W] with H and W ≥ 11 (its window)")
-    return 1 - _torchmetrics_ssim()(pred, target, data_range=1.0)
+    with torch.autocast(pred.device.type, enabled=False):   # its variances are differences of squares, of which bfloat16 leaves nothing
+        return 1 - _torchmetrics_ssim()(pred.float(), target.float(), data_range=1.0)
 
-# %% ../../nbs/core/04_losses.ipynb #2b3b0320
+# %% ../../nbs/core/04_losses.ipynb #fe052eb4
 class RandomPerceptual(nn.Module):
     """Distance in a frozen random CNN: mean L2 of its features at 3 scales; (pred, target) [B, C, H, W] in [0, 1], H and W ≥ 8 → scalar.
 
@@ -74,15 +75,18 @@ class RandomPerceptual(nn.Module):
         for i, (a, b) in enumerate(zip(sizes, sizes[1:])):
             w = torch.randn(b, a, 3, 3, generator=g)
             w = w - w.mean((2, 3), keepdim=True)
-            w = w / F.conv2d(x, w, stride=2, padding=1).square().mean().sqrt()   # unit RMS before the ReLU, scale by scale
+            w = w / self._conv(x, w).square().mean().sqrt()   # unit RMS before the ReLU, scale by scale
             self.register_buffer(f"w{i}", w, persistent=False)
-            x = F.relu(F.conv2d(x, w, stride=2, padding=1))
+            x = F.relu(self._conv(x, w))
+
+    def _conv(self, x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), w, stride=2)   # zeros around a bright page would be its strongest edge
 
     def features(self, x: Tensor) -> list[Tensor]:
         """The three feature maps, at a half, a quarter and an eighth of the resolution."""
         out = []
         for w in (self.w0, self.w1, self.w2):
-            x = F.relu(F.conv2d(x, w, stride=2, padding=1))
+            x = F.relu(self._conv(x, w))
             out.append(x)
         return out
 
@@ -129,14 +133,14 @@ def adversarial_g(fake_logits: Tensor, kind: str = "hinge") -> Tensor:
     """The generator's loss: make the fakes look real; logits of any shape → scalar (unbounded below for hinge)."""
     return -fake_logits.mean() if _kind(kind) == "hinge" else F.softplus(-fake_logits).mean()
 
-# %% ../../nbs/core/04_losses.ipynb #d8f8b1b9
+# %% ../../nbs/core/04_losses.ipynb #0af5b60c
 class WeightedSum:
     """Named, weighted losses: `WeightedSum({"l1": (1.0, l1), "tv": (1e-4, total_variation)})(pred, target)` → {name: weight × loss}.
 
     A term of weight 0 is absent and never computed. Terms that are modules (RandomPerceptual) follow the prediction's device."""
 
     def __init__(self, terms: Mapping[str, tuple[float, Callable[..., Tensor]]]):
-        for name, (weight, loss) in terms.items():
+        for name, (weight, _) in terms.items():
             if not (0 <= weight < float("inf")):
                 raise UserError(f"loss term {name!r}: weight {weight}, expected a number ≥ 0 (0 switches it off)")
         self.terms = {name: (float(w), f) for name, (w, f) in terms.items() if w > 0}

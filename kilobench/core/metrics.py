@@ -181,7 +181,7 @@ def _distance(model: nn.Module, pred: Tensor, target: Tensor, batch: int = 64) -
         return torch.cat([model(to_uint8(p), to_uint8(t), normalize=True).reshape(-1) for p,
                           t in zip(pred.split(batch), target.split(batch))])
 
-# %% ../../nbs/core/06_metrics.ipynb #87369940
+# %% ../../nbs/core/06_metrics.ipynb #4dbe9ed1
 class LPIPS:
     """LPIPS v0.1 with its trained trunk, or `.why` it is not `.available`; call with [B, 3, H, W] pairs in [0, 1] → [B], 0 = same."""
     def __init__(self, net: str = "alex", device: str | torch.device = "cpu"):
@@ -190,7 +190,8 @@ class LPIPS:
         damaged = self.file.exists() and not sha256_of(self.file).startswith(digits)
         again = f" again, its SHA-256 does not begin with {digits}" if damaged else ""
         here = self.file.exists() and not damaged
-        self.why = "" if here else f"LPIPS unavailable: put {self.file.name} in {self.file.parent}{again}"
+        folder = str(self.file.parent).replace(str(Path.home()), "~", 1)  # reports travel; a home folder's name need not
+        self.why = "" if here else f"LPIPS unavailable: put {self.file.name} in {folder}{again}"
         self.available = not self.why
         self.stamp = f"{net} trunk {digits}, heads v0.1, 8 bit, [-1, 1]" if self.available else "unavailable"
 

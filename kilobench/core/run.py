@@ -397,7 +397,7 @@ class RunOpening(RunRecord):
             raise UserError(f"{dir}/recipe.yaml: changed since the run was started (key {was}, now {now}); restore it or start a new run")
         return run
 
-# %% ../../nbs/core/01_run.ipynb #834e551e
+# %% ../../nbs/core/01_run.ipynb #45b52202
 class Run(RunOpening):
     "The folder of one run: its recipe, names inside it, its lock, and which stages are done."
     def __repr__(self) -> str:
@@ -437,11 +437,15 @@ class Run(RunOpening):
         entry = self.book.stages.get(stage)
         return entry is not None and entry.state == "done" and not self._lost(entry.files)
 
+    def relative(self, files: Sequence[str | Path]) -> list[str]:
+        "Names as stages.json keeps them: relative to the run folder, a cache's with `..`."
+        return [os.path.relpath(self.dir / f, self.dir) for f in files]
+
     def _lost(self, files: Sequence[str]) -> list[str]: return [f for f in files if not (self.dir / f).exists()]
 
     def mark(self, stage: str, seconds: float, files: Sequence[str | Path] = ()) -> None:
         "Note a stage as done; `files` relative to the run folder, or absolute (a cache)."
-        self._enter(stage, state="done", seconds=float(seconds), files=[os.path.relpath(self.dir / f, self.dir) for f in files])
+        self._enter(stage, state="done", seconds=float(seconds), files=self.relative(files))
 
     def reset(self, *stages: str) -> Path | None:
         "Set stages back (\"*\": the whole run); what they made moves to .old/<n>/, which is returned (None: nothing was there)."
@@ -481,17 +485,21 @@ def _together() -> None:
     dist = sys.modules["torch"].distributed
     if dist.is_available() and dist.is_initialized(): dist.barrier()
 
-# %% ../../nbs/core/01_run.ipynb #ca1691e8
+# %% ../../nbs/core/01_run.ipynb #590f6259
+def _why_again(run: Run, entry: StageEntry) -> str:
+    return f"{lost[0]} is gone" if (lost := run._lost(entry.files)) else "what it makes is another file now"
+
+# %% ../../nbs/core/01_run.ipynb #591bc024
 def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> Any:
     "Run a stage's function under the lock, timed, and mark it; what an interrupted attempt took is kept and added."
     import torch
     name, entry = fn.__name__, run.book.stages.get(fn.__name__, StageEntry())
     if entry.state == "begun" and entry.time:
         _say(f"{name}: goes on where it stopped ({f'after {_seconds(entry.seconds)}, ' if entry.seconds else ''}{entry.time})")
-    elif entry.state == "done": _say(f"{name}: was done, but {run._lost(entry.files)[0]} is gone; making it again")
+    elif entry.state == "done": _say(f"{name}: was done, but {_why_again(run, entry)}; making it again")
     spent = entry.seconds if entry.state == "begun" else 0.0
     if run.recipe.threads: torch.set_num_threads(run.recipe.threads)
-    relative = [os.path.relpath(run.dir / f, run.dir) for f in files]
+    relative = run.relative(files)
     run._note(device=run.manifest.get("device", {}) | {"used": str(run.device), "threads": torch.get_num_threads()})
     run._enter(name, seconds=spent, files=relative)
     start = time.perf_counter()
@@ -509,7 +517,7 @@ def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> An
     _say(f"{name}: done in {_seconds(spent)}")
     return value
 
-# %% ../../nbs/core/01_run.ipynb #bd0eb34e
+# %% ../../nbs/core/01_run.ipynb #020d4637
 def stage(makes: Sequence[str | Path] | Callable[[Run], Sequence[str | Path]] = (), load: Callable[[Run], Any] | None = None) -> Callable:
     """Decorate a project's stage function `fn(run)`: done → says so; else locked, run, timed and marked.
 
@@ -529,12 +537,13 @@ def stage(makes: Sequence[str | Path] | Callable[[Run], Sequence[str | Path]] = 
 
 def _stage(run: Run, fn: Callable, makes: Any, load: Callable | None) -> Any:
     import torch  # noqa: F401 (here _agreed finds it)
-    name, value = fn.__name__, None
-    done = _agreed(run.is_done(name))
+    name, value, files = fn.__name__, None, list(makes(run) if callable(makes) else makes)
+    is_done = lambda: run.is_done(name) and run.book.stages[name].files == run.relative(files)  # a changed maker names another cache
+    done = _agreed(is_done())
     if not done:
         with run.lock():
-            done = _agreed(run.is_done(name))  # another process may have been faster
-            if not done: value = _make(run, fn, list(makes(run) if callable(makes) else makes))
+            done = _agreed(is_done())  # another process may have been faster
+            if not done: value = _make(run, fn, files)
     if done: _say(f"{name}: already done ({_seconds(run.seconds.get(name, 0))}, {run.book.stages[name].time})")
     if load is None: return value
     with seeded(run.recipe.seed): return load(run)

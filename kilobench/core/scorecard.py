@@ -497,7 +497,7 @@ def bars(report: Report, test: Collapse) -> dict[str, Any]:
     return {"metric": full_label(test.metric), "unit": unit(test.metric), "lines": lines,
             "hurdle": share(clear), "hurdle_text": number(clear), "ceiling": share(ceiling), "ceiling_text": number(ceiling), "test": test}
 
-# %% ../../nbs/core/08_scorecard.ipynb #b0322301
+# %% ../../nbs/core/08_scorecard.ipynb #0934e1fc
 def headlines(report: Report) -> list[dict[str, str]]:
     """Up to four large numbers of the first student, each with its comparison: quality, speed, size, counterfactuals."""
     student, teacher = (next((r for r in report.rows if r.role == role), None) for role in ("student", "teacher"))
@@ -507,7 +507,7 @@ def headlines(report: Report) -> list[dict[str, str]]:
         beside = f"best control: {number(t.floor)} ({t.control})" if t.floor is not None else "no control was measured"
         out.append({"value": number(t.value, suffix=unit(t.metric)), "label": full_label(t.metric), "beside": beside})
     if fast := [k for k in student.cost if "speedup" in k and finite(student.cost[k])]:
-        out.append({"value": number(student.cost[fast[0]], suffix="×"), "label": "faster than the teacher",
+        out.append({"value": number(student.cost[fast[0]], suffix="×"), "label": "the teacher's speed",
                     "beside": label(fast[0]).removeprefix("speed-up").strip() or "measured in turns"})
     if finite(student.cost.get("params")):
         beside = f"teacher: {number(teacher.cost['params'])}" if teacher and finite(teacher.cost.get("params")) else "in the student"

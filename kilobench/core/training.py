@@ -7,18 +7,18 @@ __all__ = ['DECISIVE', 'WORD', 'mix', 'StepSampler', 'fetch', 'TensorData', 'spl
            'make_optimizer', 'make_schedules', 'NotFinite', 'Meter', 'FitState', 'Callback', 'start_callbacks',
            'mean_gradients', 'named_terms', 'one_update', 'train_mode', 'evaluating', 'run_evaluation', 'EMA',
            'read_checkpoint', 'recover', 'swap', 'save_checkpoint', 'load_weights', 'resume', 'Checkpoint', 'CSVLog',
-           'TensorBoard', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals', 'make_accelerator',
-           'fit', 'Fitted', 'load_fitted']
+           'TensorBoard', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals', 'keep_memory',
+           'make_accelerator', 'fit', 'Fitted', 'load_fitted']
 
-# %% ../../nbs/core/05_training.ipynb #c7c5260a
-import errno, hashlib, inspect, json, math, os, random, re, shutil, signal, sys, threading, time
+# %% ../../nbs/core/05_training.ipynb #091bdb79
+import ctypes, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,16 +30,14 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR,
                                       StepLR)
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from .recipe import TrainPart, UserError, nearest, seeded
 from .run import Run, atomic_path, disk_full, read_json, sha256_of
 
-if TYPE_CHECKING: import pandas as pd
-
-# %% ../../nbs/core/05_training.ipynb #5b35600e
+# %% ../../nbs/core/05_training.ipynb #eba232bd
 def mix(*parts: Any) -> int:
     """A seed of 32 bits from anything that prints: equal parts, equal seed, on every machine; unequal parts, unrelated seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "big")
@@ -64,6 +62,7 @@ class StepSampler(Sampler):
         return self._orders[epoch]
 
     def indices(self, step: int) -> list[int]:
+        """This rank's items at a step."""
         at = step * self.batch + self.rank * self.share
         end, out = at + self.share, []
         while at < end:
@@ -157,7 +156,7 @@ def batches(data: Any, cfg: TrainPart, seed: int, start: int, stop: int, rank: i
     yield from map(move, DataLoader(_Ahead(data, seed, rank), batch_sampler=sampler, num_workers=cfg.workers, collate_fn=_as_is,
                                     worker_init_fn=_quiet_worker, pin_memory=device.type == "cuda", generator=torch.Generator()))
 
-# %% ../../nbs/core/05_training.ipynb #6d3fe354
+# %% ../../nbs/core/05_training.ipynb #033df187
 @dataclass
 class Update:
     """One optimiser: the modules it moves, the loss it lowers, and at which steps (from `start`, every `every`-th).
@@ -175,7 +174,9 @@ class Update:
     def count(self, steps: int) -> int: return max(0, -(-(steps - self.start) // self.every))   # updates among the first `steps` steps
 
 
-def trainable(module: nn.Module) -> list[nn.Parameter]: return [p for p in module.parameters() if p.requires_grad]
+def trainable(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are to be trained."""
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def make_optimizer(update: Update, modules: Mapping[str, nn.Module], cfg: TrainPart) -> torch.optim.Optimizer:
@@ -204,7 +205,7 @@ def make_schedules(optimizer: torch.optim.Optimizer, cfg: TrainPart, total: int,
             "none": constant}[cfg.schedule]()
     return [SequentialLR(optimizer, [*warm, main], milestones=[rise])] if warm else [main]
 
-# %% ../../nbs/core/05_training.ipynb #7e8fa3a8
+# %% ../../nbs/core/05_training.ipynb #f3ee226f
 class NotFinite(Exception):
     """A value that is NaN or infinite: (step, name, value)."""
 
@@ -212,10 +213,11 @@ class NotFinite(Exception):
 class Meter:
     """Means of named scalars since the last row. On a GPU values wait until `drain`; the first term that is not finite raises NotFinite."""
 
-    def __init__(self, device: torch.device): self.device, self.sums, self.waiting = device, {}, []
+    def __init__(self, device: torch.device): self.device, self.wait, self.sums, self.waiting = device, device.type != "cpu", {}, []
 
     def add(self, step: int, terms: Mapping[str, Any], logs: Mapping[str, Any] = {}) -> None:
-        if self.device.type != "cpu":
+        """Count the values of one update; terms must be finite, logs need not."""
+        if self.wait:
             held = [{k: torch.as_tensor(v, device=self.device).detach() for k, v in x.items()} for x in (terms, logs)]
             self.waiting.append((step, *held))
             return
@@ -426,7 +428,7 @@ def run_evaluation(state: FitState, evaluate: Callable[[dict[str, nn.Module]], M
             raise UserError(f"evaluate did not return the announced metric {name!r}; it returned {', '.join(box[0]) or 'nothing'}")
     return box[0]
 
-# %% ../../nbs/core/05_training.ipynb #3a95ed5f
+# %% ../../nbs/core/05_training.ipynb #506242fa
 class EMA(Callback):
     """Averages weights and buffers of the trained modules when train.ema > 0; `state.ema[name].module` is the average."""
 
@@ -437,14 +439,15 @@ class EMA(Callback):
         for m in state.ema.values(): m.requires_grad_(False)
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], n: Any) -> None:
-        if averaged[0].is_floating_point(): return get_ema_multi_avg_fn(self.decay)(averaged, current, n)
+        # what get_ema_multi_avg_fn(β) does, without making a new closure for each step's β
+        if averaged[0].is_floating_point(): return torch._foreach_lerp_(averaged, current, 1 - self.decay)
         for a, c in zip(averaged, current): a.copy_(c)
 
     def on_step(self, state: FitState) -> None:
         self.decay = min(state.cfg.ema, (1 + state.step) / (10 + state.step))
         for name, average in state.ema.items(): average.update_parameters(state.modules[name])
 
-# %% ../../nbs/core/05_training.ipynb #364e5d0b
+# %% ../../nbs/core/05_training.ipynb #691b9762
 def _fsync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)
@@ -462,6 +465,7 @@ def read_checkpoint(folder: Path, only: Sequence[str] | None = None) -> dict[str
     if not isinstance(state, dict) or state.get("seal") != _seal(state):
         raise UserError(f"{folder / 'state.json'}: damaged, its contents do not match its own sum; {away}")
     for name, expected in state["files"].items():
+        if Path(name).is_absolute() or ".." in Path(name).parts: raise UserError(f"{folder / 'state.json'}: names a file outside: {name}; {away}")
         if only is not None and name not in only: continue
         if not (folder / name).is_file(): raise UserError(f"{folder / name}: missing from the checkpoint of step {state['step']}; {away}")
         if sha256_of(folder / name) != expected: raise UserError(f"{folder / name}: damaged, its sum is not the one in state.json; {away}")
@@ -570,7 +574,7 @@ def _write_rest(state: FitState, tmp: Path, randoms: list[str]) -> None:
     (tmp / "state.json").write_text(json.dumps(said | {"seal": _seal(json.loads(json.dumps(said)))}, indent=1))
     for p in (tmp / "state.json", *(d for d in tmp.rglob("*") if d.is_dir()), tmp): _fsync(p)
 
-# %% ../../nbs/core/05_training.ipynb #96776ac1
+# %% ../../nbs/core/05_training.ipynb #c4eeed4f
 def load_weights(module: nn.Module, file: Path) -> None:
     """Weights from a safetensors file into a module of exactly those shapes; otherwise a UserError that names the first difference."""
     own = {k: tuple(v.shape) for k, v in module.state_dict().items()}
@@ -596,7 +600,9 @@ def resume(state: FitState) -> None:
         if n in state.ema:
             load_weights(state.ema[n].module, folder / f"{n}.ema.safetensors")
             state.ema[n].n_averaged.fill_(said["step"])
-    state.accelerator.load_state(str(folder / "accelerate"))
+    try: state.accelerator.load_state(str(folder / "accelerate"))     # reads with weights_only=True: no code runs
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as e:
+        raise UserError(f"{folder / 'accelerate'}: cannot be loaded ({str(e).splitlines()[0][:120]}); move {folder} away to start again") from e
     rank, world = state.rank, said["world"]
     if rank < world and _random_sum() != said["random"][rank]:
         raise UserError(f"{folder}: the random state of rank {rank} could not be restored; move the folder away to start again")
@@ -608,7 +614,7 @@ def resume(state: FitState) -> None:
     state.metric_names = said["metric_names"] or state.metric_names
     state.meter.sums = said["sums"]
 
-# %% ../../nbs/core/05_training.ipynb #0bd9a5a4
+# %% ../../nbs/core/05_training.ipynb #80384be6
 class Checkpoint(Callback):
     """Resumes from checkpoints/<name>/last, saves it when due, and keeps the best evaluation in checkpoints/<name>/best."""
 
@@ -623,18 +629,19 @@ class Checkpoint(Callback):
         if not state.best_name: return
         value = state.metrics[state.best_name.lstrip("-")]
         sign = -1 if state.best_name.startswith("-") else 1
-        if state.best is None or sign * value > sign * state.best:
+        if math.isfinite(value) and (state.best is None or sign * value > sign * state.best):
             state.best = value
             save_checkpoint(state, "best")
 
     def on_save(self, state: FitState) -> None:
         if state.saved != state.step: save_checkpoint(state)
 
-# %% ../../nbs/core/05_training.ipynb #038f0673
+# %% ../../nbs/core/05_training.ipynb #881f7873
 class CSVLog(Callback):
     """metrics-<name>.csv: step, seconds, learning rates, loss, each term, each metric."""
 
     def on_start(self, state: FitState) -> None:
+        """Cut the file back to what the checkpoint knows of, after comparing it."""
         path, keep = state.csv_path, state.csv
         if not state.main: return
         if keep["bytes"] == 0: path.unlink(missing_ok=True)
@@ -646,6 +653,7 @@ class CSVLog(Callback):
         if path.exists(): os.truncate(path, keep["bytes"])
 
     def on_log(self, state: FitState) -> None:
+        """Append the row, before it the header if it is the first."""
         if not state.main: return
         lines = [] if state.csv["bytes"] else [",".join(state.columns)]
         lines.append(",".join(f"{state.row[c]:.9g}" if c in state.row else "" for c in state.columns))
@@ -846,19 +854,31 @@ def _log(state: FitState, evaluated: bool) -> None:
                             "every step (0 where one is off)")
     state.call("on_log")
 
-# %% ../../nbs/core/05_training.ipynb #fe7b7236
+# %% ../../nbs/core/05_training.ipynb #800f7d10
 def _rehearse(state: FitState, data: Any, evaluate: Callable | None) -> list[str]:
     names, late = [], [u for u in state.updates if 0 < u.start < state.cfg.steps]
-    if evaluate is not None and not state.metric_names: state.metric_names = list(run_evaluation(state, evaluate))
+    if evaluate is not None and not state.metric_names:
+        state.metric_names = list(run_evaluation(state, evaluate))
+        if state.best_name and state.best_name.lstrip("-") not in state.metric_names:
+            raise UserError(f"fit: best: metric {nearest(state.best_name.lstrip('-'), state.metric_names)}")
     if not late: return names
     for m in state.modules.values(): m.eval()
     with seeded(mix(state.run.recipe.seed, "rehearse")):
         batch = next(batches(data, state.cfg.model_copy(update={"workers": 0}), mix(state.run.recipe.seed, state.name), 0, 1,
                              state.rank, state.world, state.device))
+        part = split_batch(batch, state.cfg.accumulate)[0]
         for u in late:
-            with state.autocast(): terms, logs = named_terms(u, u.loss(state.modules, batch, u.start))
+            with state.autocast(): terms, logs = named_terms(u, u.loss(state.modules, part, u.start))
             names += [f"{u.name}.{k}" if len(state.updates) > 1 else k for k in (*terms, *logs)]
     return names
+
+# %% ../../nbs/core/05_training.ipynb #8c3d9086
+def keep_memory() -> bool:
+    """Let this process keep up to 1 GiB of freed memory for the next step; False where the C library has no `mallopt` (macOS)."""
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return False
+    trim, from_system = -1, -3      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    return bool(mallopt(trim, 1 << 30) and mallopt(from_system, 256 << 20))
 
 # %% ../../nbs/core/05_training.ipynb #7d797e30
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -894,11 +914,12 @@ def make_accelerator(device: torch.device, amp: str = "off") -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if amp == "auto" and device.type == "cuda" else "no",
                        step_scheduler_with_optimizer=False, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
 
-# %% ../../nbs/core/05_training.ipynb #c93db677
+# %% ../../nbs/core/05_training.ipynb #e57f910b
 def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Update], cfg: TrainPart, metrics: Sequence[str], best: str,
             stop_at: int | None) -> FitState:
     if run.recipe.threads: torch.set_num_threads(run.recipe.threads)
     accelerator = make_accelerator(run.device, cfg.amp)
+    if accelerator.device.type == "cpu": keep_memory()
     parts = accelerator.num_processes * cfg.accumulate
     if cfg.batch % parts:
         raise UserError(f"train.batch={cfg.batch} cannot be split over {accelerator.num_processes} ranks × "
@@ -948,7 +969,7 @@ def fit(run: Run, name: str, modules: nn.Module | dict[str, nn.Module], loss: Ca
         finally: state.call("on_end")
     return _finish(state)
 
-# %% ../../nbs/core/05_training.ipynb #0887acdb
+# %% ../../nbs/core/05_training.ipynb #8ef818b7
 @contextmanager
 def _plain_errors(state: FitState) -> Iterator[None]:
     # what the user can mend is one line; everything else keeps its traceback
@@ -995,8 +1016,8 @@ class Fitted:
         return self.modules.get(self.name, next(iter(self.modules.values())))
 
     @property
-    def history(self) -> "pd.DataFrame":
-        """metrics-<name>.csv; empty when no row was written."""
+    def history(self) -> Any:
+        """metrics-<name>.csv as a DataFrame; empty when no row was written."""
         import pandas as pd
         path = self.run.path(f"metrics-{self.name}.csv")
         return pd.read_csv(path) if path.exists() else pd.DataFrame()

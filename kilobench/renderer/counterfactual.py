@@ -6,7 +6,7 @@
 __all__ = ['PLACES', 'Asked', 'edits_of', 'ask_teacher', 'ask_student', 'read_back', 'conditions_of', 'assess_students',
            'state_criteria', 'counterfactual', 'edit_sheet', 'words_for', 'explorer']
 
-# %% ../../nbs/renderer/04_counterfactual.ipynb #b7b65bf0
+# %% ../../nbs/renderer/04_counterfactual.ipynb #38a9cd9c
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..core.counterfactual import Assessment, Edit, assess, check_held, edit_strip
 from ..core.explore import Explorer
 from ..core.recipe import UserError
-from ..core.run import Run, open_run, stage
+from ..core.run import Run, stage
 from ..core.scorecard import Scorecard, rebuild
 from ..core.show import diff_map, montage
 from .data import Vocabulary, data
@@ -37,7 +37,7 @@ class Asked:
 
     def change(self, i: int, **attributes: Any) -> "Asked": return replace(self, scene=self.scene.change(i, **attributes))
 
-# %% ../../nbs/renderer/04_counterfactual.ipynb #29302d4f
+# %% ../../nbs/renderer/04_counterfactual.ipynb #5752dc18
 def _edit(asked: Asked, i: int, kind: str, options: Sequence[Any], rng: random.Random, target: str) -> list[Edit]:
     """One edit of attribute `kind` of group i to a random other value that makes a scene; [] when there is none."""
     old = getattr(asked.scene.groups[i], kind)
@@ -45,7 +45,7 @@ def _edit(asked: Asked, i: int, kind: str, options: Sequence[Any], rng: random.R
         try: asked.change(i, **{kind: new})
         except UserError: continue  # would leave the grid, or meet another group
         word = place_name(new) if kind == "cell" else new
-        return [Edit(f"{kind} = {word} on group {i + 1}", kind, lambda c: c.change(i, **{kind: new}), lambda c: c.change(i, **{kind: old}), target=target)]
+        return [Edit(f"{kind} = {word} on group {i + 1}", kind, lambda c, new=new: c.change(i, **{kind: new}), lambda c: c.change(i, **{kind: old}), target=target)]
     return []
 
 # %% ../../nbs/renderer/04_counterfactual.ipynb #7759744a

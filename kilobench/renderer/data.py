@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'TESTS', 'TRAIN_STYLES', 'PLAIN', 'FUNCTION_WORDS', 'SCENE_
            'read_captions', 'read_image', 'split_folder', 'RenderData', 'data_dir', 'make_data', 'read_data',
            'CaptionImages', 'ceiling_mse', 'image_hashes', 'check_data', 'check_scenes', 'load_data', 'data']
 
-# %% ../../nbs/renderer/00_data.ipynb #b8840f25
+# %% ../../nbs/renderer/00_data.ipynb #80dbec03
 import hashlib
 import json
 import re
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.metrics import to_uint8
 from ..core.recipe import UserError, nearest
-from ..core.run import Run, atomic_write, open_run, read_json, stage, write_json
+from ..core.run import Run, atomic_write, read_json, stage, write_json
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
 from .recipe import DataPart
@@ -167,7 +167,7 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
     if len(out) < 20: raise UserError(f"{listing}: {len(out)} items; at least 20 are needed to hold some out")
     return out
 
-# %% ../../nbs/renderer/00_data.ipynb #9a6d8b4e
+# %% ../../nbs/renderer/00_data.ipynb #d7bbecd7
 def read_image(path: Path, size: int) -> Tensor:
     """[3, size, size] in [0, 1]: centre-cropped square, resized with anti-aliasing; one-line `UserError` for what is no picture."""
     try:
@@ -176,7 +176,8 @@ def read_image(path: Path, size: int) -> Tensor:
             side = min(im.size)
             left, top = (im.width - side) // 2, (im.height - side) // 2
             im = im.convert("RGB").resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC, (left, top, left + side, top + side))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Image.DecompressionBombError: raise UserError(f"{path}: far too large; at most {MAX_PIXELS:,} pixels are read") from None
+    except (OSError, SyntaxError, ValueError) as e:
         raise UserError(f"{path}: not a picture that can be read ({str(e).splitlines()[0][:80]}); expected PNG or JPEG") from None
     return torch.from_numpy(np.asarray(im).copy()).permute(2, 0, 1).float() / 255
 

@@ -5,16 +5,15 @@
 # %% auto #0
 __all__ = ['score_images', 'control_images', 'draw_all', 'measure', 'costs', 'state_criteria', 'stamp_of', 'evaluate']
 
-# %% ../../nbs/renderer/03_evaluate.ipynb #6c416dec
+# %% ../../nbs/renderer/03_evaluate.ipynb #b6a7fb7c
 from collections.abc import Mapping
 from typing import Any
-import torch
 from torch import Tensor, nn
 from ..core.metrics import (LPIPS, Stamp, checkerboard_energy, compare_latency, cost, mean_image, psnr, psnr_masked, shift, spectrum_gap, ssim,
                                     summarize, to_uint8)
-from ..core.run import Run, open_run, stage
+from ..core.run import Run, stage
 from ..core.scorecard import Scorecard, rebuild
-from ..core.show import montage, strip
+from ..core.show import strip
 from .data import RenderData, data
 from .reader import read, score_reading
 from .recipe import RendererRecipe
@@ -63,7 +62,7 @@ def measure(made: RenderData, drawn: Mapping[str, Mapping[str, Tensor]], lpips: 
         rows[name] = metrics | lpips.row(by_split["iid"], target)
     return rows
 
-# %% ../../nbs/renderer/03_evaluate.ipynb #bbd224c4
+# %% ../../nbs/renderer/03_evaluate.ipynb #11129511
 def costs(made: RenderData, students: Mapping[str, nn.Module], repeats: int = 10) -> dict[str, dict[str, Any]]:
     """Row → cost for teacher and students; latency at batch 1 and 64 alternating in one process, from caption or scene to image."""
     texts = (made.captions("iid") * 64)[:64]
@@ -75,7 +74,7 @@ def costs(made: RenderData, students: Mapping[str, nn.Module], repeats: int = 10
         rows["teacher"] = cost(lambda s: render(s, made.page.shape[-1]), scenes, batches=(1,), repeats=2, warmup=1)
         calls["teacher"] = lambda n: render(scenes[:n], made.page.shape[-1])
     for n in (1, 64):
-        for name, t in compare_latency({k: (lambda f=f: f(n)) for k, f in calls.items()}, repeats=repeats).items():
+        for name, t in compare_latency({k: (lambda f=f, n=n: f(n)) for k, f in calls.items()}, repeats=repeats).items():
             if name in rows: rows[name] |= {f"latency_ms_b{n}": t["median_ms"], "images_per_s": 1e3 * n / t["median_ms"], "threads": t["threads"], "device": t["device"]}
     return rows
 

@@ -6,7 +6,7 @@
 __all__ = ['SHARP', 'STUDENTS', 'placing', 'TokenMixer', 'noun_slots', 'FactorReader', 'SpriteNet', 'paint_copies', 'compose',
            'SlotRenderer', 'CaptionEncoder', 'FilmBlock', 'PixelAttention', 'FilmRenderer', 'build_student', 'model']
 
-# %% ../../nbs/renderer/01_model.ipynb #dae7d1a3
+# %% ../../nbs/renderer/01_model.ipynb #67bd1703
 import math
 from typing import Any
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.metrics import flops, parameters
 from ..core.recipe import UserError, nearest
-from ..core.run import Run, open_run, stage, write_json
+from ..core.run import Run, stage, write_json
 from .data import Vocabulary, data
 from .recipe import FilmPart, SlotsPart
 
@@ -23,7 +23,7 @@ def placing(p: Tensor, w: int) -> Tensor:
     """[…, n] distribution of a sprite's centre → [..., n, w] matrix that places a sprite of side w on n pixels."""
     return F.pad(p, (w - 1 - w // 2, w // 2)).unfold(-1, w, 1).flip(-1)
 
-# %% ../../nbs/renderer/01_model.ipynb #764d5390
+# %% ../../nbs/renderer/01_model.ipynb #f7ad87df
 class TokenMixer(nn.Module):
     """Word and position embeddings and a pre-LN transformer: [B, T] ids → [B, T, dim]."""
 
@@ -35,6 +35,7 @@ class TokenMixer(nn.Module):
         self.mix, self.norm = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False), nn.LayerNorm(dim)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Mixed tokens."""
         return self.norm(self.mix(self.words(tokens) + self.places[:tokens.shape[1]], src_key_padding_mask=tokens == 0))
 
 # %% ../../nbs/renderer/01_model.ipynb #ca3379be
@@ -44,7 +45,7 @@ def noun_slots(tokens: Tensor, is_noun: Tensor, n: int) -> tuple[Tensor, Tensor]
     order = (noun.long() * 1000 - torch.arange(noun.shape[1], device=tokens.device)).topk(n, dim=1).indices
     return order.clamp(max=tokens.shape[1] - 1), noun.gather(1, order)
 
-# %% ../../nbs/renderer/01_model.ipynb #c5a4a09c
+# %% ../../nbs/renderer/01_model.ipynb #b4b0ba26
 class FactorReader(nn.Module):
     """For each slot, one attention a factor over raw word embeddings: → [B, S, factors, width] and the weights [B, S, factors, T]."""
 
@@ -56,6 +57,7 @@ class FactorReader(nn.Module):
         self.length = length
 
     def forward(self, tokens: Tensor, mixed: Tensor, slots: Tensor, at: Tensor) -> tuple[list[Tensor], Tensor]:
+        """One vector a factor, [B, S, width] each, and the attention weights."""
         B, S, D = slots.shape
         scores = torch.einsum("bsfd,btd->bsft", self.query(slots).view(B, S, -1, D), self.key(mixed)) / math.sqrt(D)
         away = torch.arange(tokens.shape[1], device=tokens.device) - at[..., None] + self.length
@@ -63,7 +65,7 @@ class FactorReader(nn.Module):
         weights = scores.masked_fill((tokens == 0)[:, None, None], -1e4).softmax(-1)
         return [torch.einsum("bst,btd->bsd", weights[:, :, i], v(tokens)) for i, v in enumerate(self.values)], weights
 
-# %% ../../nbs/renderer/01_model.ipynb #1f44139c
+# %% ../../nbs/renderer/01_model.ipynb #514fbdcd
 class SpriteNet(nn.Module):
     """[N, width] shape and size factors → [N, 3, w, w] cover, paint (times colour), white."""
 
@@ -79,6 +81,7 @@ class SpriteNet(nn.Module):
             bias[0] = 2 - 6 * (v[:, None].square() + v.square()).sqrt()
 
     def forward(self, factors: Tensor) -> Tensor:
+        """The three maps."""
         alpha, paint, white, shadow = self.net(factors).view(-1, 4, self.window, self.window).unbind(1)
         alpha = alpha.sigmoid()
         return torch.stack([1 - (1 - alpha) * (1 - shadow.sigmoid()), alpha * F.softplus(paint), alpha * white.sigmoid()], 1)
@@ -108,7 +111,7 @@ def compose(maps: Tensor, rgb: Tensor, depth: Tensor, page: Tensor) -> Tensor:
     colour = (rgb.transpose(1, 2) @ (seen * paint).flatten(2)).unflatten(2, cover.shape[-2:])
     return colour + (seen * white).sum(1)[:, None] + (1 - cover).prod(1)[:, None] * page
 
-# %% ../../nbs/renderer/01_model.ipynb #2a8b8ebd
+# %% ../../nbs/renderer/01_model.ipynb #4f454d16
 SHARP = 4.0
 
 
@@ -162,10 +165,11 @@ class SlotRenderer(nn.Module):
         return {"attention": attention, "rgb": self.colour(factors[2]).sigmoid(), "depth": depth, "py": py, "px": px, "maps": maps}
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The images of these captions."""
         p = self.parts(tokens)
         return compose(p["maps"], p["rgb"], p["depth"], self.page.sigmoid())
 
-# %% ../../nbs/renderer/01_model.ipynb #04528f68
+# %% ../../nbs/renderer/01_model.ipynb #4ec90bde
 class CaptionEncoder(nn.Module):
     """[B, T] ids → [B, embed]: tokens and learnt positions, a pre-LN transformer, the [CLS] state."""
 
@@ -178,10 +182,11 @@ class CaptionEncoder(nn.Module):
         self.out = nn.Sequential(nn.LayerNorm(part.dim), nn.Linear(part.dim, part.embed))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The captions' summaries."""
         x = torch.cat([self.cls.expand(len(tokens), 1, -1), self.words(tokens)], 1) + self.places[:tokens.shape[1] + 1]
         return self.out(self.mix(x, src_key_padding_mask=F.pad(tokens == 0, (1, 0)))[:, 0])
 
-# %% ../../nbs/renderer/01_model.ipynb #45caa6b7
+# %% ../../nbs/renderer/01_model.ipynb #8230b354
 class FilmBlock(nn.Module):
     """A residual block of two 3 × 3 convolutions whose channels the caption scales and shifts."""
 
@@ -193,11 +198,12 @@ class FilmBlock(nn.Module):
         nn.init.zeros_(self.convs[1].weight)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        """x [B, C, H, W] under the captions e [B, embed]."""
         h, scale, shift = x, *self.film(e)[..., None, None].unflatten(1, (2, 2, -1)).unbind(1)
         for i in range(2): h = self.convs[i](F.silu((1 + scale[:, i]) * self.norms[i](h) + shift[:, i]))
         return x + h
 
-# %% ../../nbs/renderer/01_model.ipynb #698a6b56
+# %% ../../nbs/renderer/01_model.ipynb #ca685316
 class PixelAttention(nn.Module):
     """Multi-head self-attention over all pixels, residual."""
 
@@ -206,10 +212,11 @@ class PixelAttention(nn.Module):
         self.norm, self.qkv, self.out, self.heads = nn.GroupNorm(min(8, channels), channels), nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1), heads
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        """x [B, C, H, W], every pixel informed of every other."""
+        q, k, v = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).contiguous().unbind(1)  # the fast kernel wants rows
         return x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).flatten(1, 2).unflatten(-1, x.shape[-2:]))
 
-# %% ../../nbs/renderer/01_model.ipynb #bb63f101
+# %% ../../nbs/renderer/01_model.ipynb #377383d8
 class FilmRenderer(nn.Module):
     """The film student: word ids [B, T] → images [B, 3, size, size] in [0, 1]; size a multiple of 8."""
 
@@ -229,6 +236,7 @@ class FilmRenderer(nn.Module):
         return self
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """The images of these captions."""
         e = self.encoder(tokens)
         x = self.canvas.expand(len(tokens), -1, -1, -1)
         for i, blocks in enumerate(self.stages):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'SPAN', 'MISMATCH', 'LEAST', 'group_maps', 'gains', 'read', 'shown', 'score_reading']
 
-# %% ../../nbs/renderer/03a_reader.ipynb #b808bcd0
+# %% ../../nbs/renderer/03a_reader.ipynb #d67ef9dc
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .scene import CELLS, CENTRE, COLOURS, MAX_COUNT, MAX_GROUPS, OFFSETS, PITCH, SHAPES, SIZES, Group, Placed, Scene
-from .teacher import PALETTE, background, paint, render
+from .teacher import PALETTE, background, paint
 
 # %% ../../nbs/renderer/03a_reader.ipynb #fc7ad1b9
 KINDS = tuple(product(SIZES, SHAPES, range(1, MAX_COUNT + 1)))
@@ -80,7 +80,7 @@ def _explained(images: Tensor, cell: Tensor, kind: Tensor, colour: Tensor) -> Te
     close = (canvas[:, :3] - images).abs().amax(1) < 0.12
     return F.max_pool2d(close[:, None].float(), 3, 1, 1)[:, 0] > 0  # one pixel wider: what lies under the soft edge says nothing about the rest
 
-# %% ../../nbs/renderer/03a_reader.ipynb #5ef9c45b
+# %% ../../nbs/renderer/03a_reader.ipynb #bbb27425
 @torch.no_grad()
 def _search(images: Tensor) -> list[list[tuple[int, int, int]]]:
     """For each image the groups found, as (cell, kind, colour) indices; greedy, then one more look at each."""
@@ -88,7 +88,7 @@ def _search(images: Tensor) -> list[list[tuple[int, int, int]]]:
     found = torch.full((B, MAX_GROUPS, 3), -1)
     claimed = torch.zeros(B, MAX_GROUPS, n, n, dtype=torch.bool)
     for turn in range(2 * MAX_GROUPS):
-        slot, again = turn % MAX_GROUPS, turn >= MAX_GROUPS
+        slot = turn % MAX_GROUPS
         others = [s for s in range(MAX_GROUPS) if s != slot]
         g = gains(images, 1 - claimed[:, others].any(1).float())
         for s in others: g[torch.arange(B), found[:, s, 0].clamp(min=0)] -= 1e6 * (found[:, s, 0] >= 0).float()[:, None, None]

@@ -20,7 +20,7 @@ class DataPart(Part):
     wordings: int = Field(4, ge=1, le=24, description="captions of each training scene")
     folder: str = Field("", description="folder with images and captions.jsonl of your own; empty: draw scenes")
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #ec69110f
+# %% ../../nbs/renderer/00a_recipe.ipynb #d7f54df6
 class SlotsPart(Part):
     """Sizes of the slot renderer."""
     dim: int = Field(96, ge=16, multiple_of=8, description="width of the token mixer")
@@ -39,7 +39,7 @@ class FilmPart(Part):
     layers: int = Field(4, ge=1, description="transformer layers")
     heads: int = Field(8, ge=1, description="attention heads of the text transformer")
     embed: int = Field(512, ge=16, description="width of the caption's summary")
-    channels: tuple[int, int, int, int] = Field((320, 256, 128, 64), description="decoder channels at 8, 16, 32 and 64 pixels")
+    channels: tuple[int, int, int, int] = Field((256, 208, 128, 88), description="decoder channels at 8, 16, 32 and 64 pixels")
     blocks: int = Field(2, ge=1, description="residual blocks a stage")
 
 # %% ../../nbs/renderer/00a_recipe.ipynb #5e41c571
@@ -51,14 +51,14 @@ class LossPart(Part):
     perceptual: float = Field(0.05, ge=0, description="weight of the frozen random perceptual net")
     foreground: float = Field(3.0, ge=0, description="extra weight of pixels that differ from the median image, in l1 and l2")
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #fc39fac0
+# %% ../../nbs/renderer/00a_recipe.ipynb #875cd17d
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 400, "data.eval_share": 0.08, "counterfactuals": 8,
               "slots.dim": 48, "slots.layers": 1, "slots.hidden": 32, "film.dim": 32, "film.layers": 1, "film.heads": 4, "film.embed": 32,
               "film.channels": [16, 16, 8, 8], "film.blocks": 1,
               **{f"train.{k}": v for k, v in {"steps": 24, "batch": 32, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()},
               **{f"baseline.{k}": v for k, v in {"steps": 24, "batch": 32, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()}},
-    "cpu": {"film.dim": 96, "film.layers": 2, "film.embed": 128, "film.channels": [64, 64, 32, 16], "film.blocks": 1,
+    "cpu": {"film.dim": 96, "film.layers": 2, "film.embed": 128, "film.channels": [96, 64, 32, 16], "film.blocks": 1,
             **{f"train.{k}": v for k, v in {"steps": 1500, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 0.06, "betas": [0.9, 0.99],
                                             "weight_decay": 1e-4, "ema": 0.99, "log_every": 20, "eval_every": 250, "save_every": 250}.items()},
             **{f"baseline.{k}": v for k, v in {"steps": 700, "batch": 32, "lr": 2e-3, "weight_decay": 1e-4, "ema": 0.98, "log_every": 20,

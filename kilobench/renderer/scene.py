@@ -220,9 +220,9 @@ def _parse_group(w: _Words) -> Group:
         raise UserError(f"caption: '{noun}' does not agree with its number; write '{noun.removesuffix('s')}{'s' if count > 1 else ''}'")
     return Group(_NOUN[noun], colour, size, count)
 
-# %% ../../nbs/renderer/00b_scene.ipynb #d5457f52
+# %% ../../nbs/renderer/00b_scene.ipynb #b32bd300
 def _parse_place(w: _Words) -> tuple[int, int]:
-    if not (opening := w.take("at the", "in the", "on the")): return (1, 1)
+    if not w.take("at the", "in the", "on the"): return (1, 1)
     row = w.take("top", "bottom")
     column = w.take("left", "right")
     if not (row or column): w.expect("a place (top left … centre … bottom right)", "centre", "center", "middle")

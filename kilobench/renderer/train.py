@@ -6,7 +6,7 @@
 __all__ = ['distill_loss', 'predict_images', 'sample_strip', 'train_student', 'save_trained', 'load_trained', 'load_students',
            'train']
 
-# %% ../../nbs/renderer/02_train.ipynb #5bb074ec
+# %% ../../nbs/renderer/02_train.ipynb #1a7c5810
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..core.export import fill, load_student, save_student
 from ..core.losses import RandomPerceptual, WeightedSum, l1, l2, total_variation
 from ..core.metrics import psnr
 from ..core.recipe import UserError
-from ..core.run import Run, open_run, stage
+from ..core.run import Run, stage
 from ..core.show import montage
 from ..core.training import Fitted, Strips, fit, load_fitted
 from .data import CaptionImages, RenderData, Vocabulary, data
