@@ -111,7 +111,7 @@ def compose(maps: Tensor, rgb: Tensor, depth: Tensor, page: Tensor) -> Tensor:
     colour = (rgb.transpose(1, 2) @ (seen * paint).flatten(2)).unflatten(2, cover.shape[-2:])
     return colour + (seen * white).sum(1)[:, None] + (1 - cover).prod(1)[:, None] * page
 
-# %% ../../nbs/renderer/01_model.ipynb #4f454d16
+# %% ../../nbs/renderer/01_model.ipynb #f8d4de66
 SHARP = 4.0
 
 
@@ -144,7 +144,7 @@ class SlotRenderer(nn.Module):
         shape, size, _, number = factors
         n, side = 2 * self.reach + 1, (self.canvas - 2 * self.reach) // 2
         where = self.spread(number).flatten(0, 1).view(-1, self.copies, 2 * n + 1) * SHARP
-        there = where[..., -1:].sigmoid()
+        there = (2 * where[..., -1:]).sigmoid()  # is this copy there at all: sharper still, or a ghost of the fourth stays beside three
         py, px = (F.pad(v, (side, self.canvas - n - side)) for v in (where[..., :n].softmax(-1), where[..., n:2 * n].softmax(-1) * there))
         return paint_copies(self.sprite(torch.cat([shape, size], -1).flatten(0, 1)), py, px)
 

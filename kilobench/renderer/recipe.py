@@ -20,7 +20,7 @@ class DataPart(Part):
     wordings: int = Field(4, ge=1, le=24, description="captions of each training scene")
     folder: str = Field("", description="folder with images and captions.jsonl of your own; empty: draw scenes")
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #d7f54df6
+# %% ../../nbs/renderer/00a_recipe.ipynb #e0558cc5
 class SlotsPart(Part):
     """Sizes of the slot renderer."""
     dim: int = Field(96, ge=16, multiple_of=8, description="width of the token mixer")
@@ -28,8 +28,8 @@ class SlotsPart(Part):
     heads: int = Field(4, ge=1, description="attention heads")
     slots: int = Field(3, ge=1, le=8, description="nouns of a caption that become slots")
     copies: int = Field(4, ge=1, le=8, description="objects that one slot can place")
-    window: int = Field(28, ge=8, multiple_of=2, description="sprite side, 1/64 of the image side")
-    reach: int = Field(8, ge=2, description="how far a copy may stand from its slot's place, 1/64 of the image side")
+    window: int = Field(30, ge=8, multiple_of=2, description="sprite side, 1/64 of the image side")
+    reach: int = Field(7, ge=2, description="how far a copy may stand from its slot's place, 1/64 of the image side")
     hidden: int = Field(128, ge=16, description="width of the sprite network")
 
 
@@ -51,7 +51,7 @@ class LossPart(Part):
     perceptual: float = Field(0.05, ge=0, description="weight of the frozen random perceptual net")
     foreground: float = Field(3.0, ge=0, description="extra weight of pixels that differ from the median image, in l1 and l2")
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #875cd17d
+# %% ../../nbs/renderer/00a_recipe.ipynb #c63f170c
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 400, "data.eval_share": 0.08, "counterfactuals": 8,
               "slots.dim": 48, "slots.layers": 1, "slots.hidden": 32, "film.dim": 32, "film.layers": 1, "film.heads": 4, "film.embed": 32,
@@ -59,10 +59,10 @@ PRESETS: dict[str, dict[str, Any]] = {
               **{f"train.{k}": v for k, v in {"steps": 24, "batch": 32, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()},
               **{f"baseline.{k}": v for k, v in {"steps": 24, "batch": 32, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()}},
     "cpu": {"film.dim": 96, "film.layers": 2, "film.embed": 128, "film.channels": [96, 64, 32, 16], "film.blocks": 1,
-            **{f"train.{k}": v for k, v in {"steps": 1500, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 0.06, "betas": [0.9, 0.99],
-                                            "weight_decay": 1e-4, "ema": 0.99, "log_every": 20, "eval_every": 250, "save_every": 250}.items()},
-            **{f"baseline.{k}": v for k, v in {"steps": 700, "batch": 32, "lr": 2e-3, "weight_decay": 1e-4, "ema": 0.98, "log_every": 20,
-                                               "eval_every": 350, "save_every": 175}.items()}},
+            **{f"train.{k}": v for k, v in {"steps": 1600, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 0.06, "betas": [0.9, 0.99],
+                                            "weight_decay": 1e-4, "ema": 0.99, "log_every": 20, "eval_every": 400, "save_every": 200}.items()},
+            **{f"baseline.{k}": v for k, v in {"steps": 290, "batch": 32, "lr": 2e-3, "weight_decay": 1e-4, "ema": 0.98, "log_every": 20,
+                                               "eval_every": 145, "save_every": 58}.items()}},
     "full": {"counterfactuals": 200,
              **{f"{part}.{k}": v for part in ("train", "baseline") for k, v in {
                  "steps": 100_000, "batch": 192, "lr": 3e-4, "weight_decay": 1e-4, "ema": 0.999, "log_every": 100, "eval_every": 2000, "save_every": 2000}.items()}},
