@@ -159,14 +159,16 @@ def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke",
     except Stopped as e: raise typer.Exit(128 + e.signum) from None
     print(closing(made))
 
-# %% ../../nbs/core/13_cli.ipynb #ba19546d
+# %% ../../nbs/core/13_cli.ipynb #d829a44c
 @app.command()
 def train(project: Project, overrides: Overrides = None, preset: Preset = "smoke", name: Name = "", device: Device = "") -> None:
     """Train without notebooks; the entry for torchrun."""
     recipe = load_recipe_class(project).make(preset, _values(overrides, device))
     for variable, value in QUIET_THREADS.items(): os.environ.setdefault(variable, value)  # read when torch is imported
     if recipe.device != "auto": pick_device(recipe.device)
-    made = Run.open(recipe, outputs_dir() / project / name if name else "")
+    from kilobench.core.training import make_accelerator
+    with make_accelerator(pick_device(recipe.device), "off").main_process_first():  # the ranks meet before one of them makes the folder
+        made = Run.open(recipe, outputs_dir() / project / name if name else "")
     importlib.import_module(f"kilobench.{project}.train").train(made)
     if is_main(): print(f"run: {made.dir}")
 

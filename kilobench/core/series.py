@@ -87,8 +87,9 @@ def _as(default: Any, value: Any, name: str) -> Any:
     if type(given) is type(default): return given
     raise UserError(f"parameter {name}: expected {type(default).__name__} such as {default!r}, given {value!r}")
 
-# %% ../../nbs/core/12_series.ipynb #9a8eebdf
-QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"}  # threads that spin while they wait take a shared core away
+# %% ../../nbs/core/12_series.ipynb #2691ae9a
+# Threads that spin for long take a shared core away; threads that never spin cost small operations dearly (the renderer's step took 1.7 times as long).
+QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "30000"}
 
 def kernel_environment() -> dict[str, str]:
     """Variables for a kernel: no progress bars, pictures inline, and the kilobench of this process on the path."""

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['find_student', 'answer', 'predict', 'data', 'check_folder', 'export', 'check']
 
-# %% ../../nbs/renderer/05_commands.ipynb #f8b83558
+# %% ../../nbs/renderer/05_commands.ipynb #e688d46e
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, TYPE_CHECKING
+from typing import Annotated
 import typer
+from PIL import Image
 from ..core.recipe import UserError, nearest
 from ..core.run import Run, atomic_path, atomic_write, newest_run, outputs_dir, reference_dir
-if TYPE_CHECKING: from PIL import Image
 
 # %% ../../nbs/renderer/05_commands.ipynb #d5488b8b
 def find_student(run: str = "", student: str = "slots") -> Path:
@@ -31,10 +31,9 @@ def find_student(run: str = "", student: str = "slots") -> Path:
     if file is None: raise UserError("predict: no student is trained yet; run `kilobench run renderer --preset cpu` (ten minutes on two cores)")
     return file
 
-# %% ../../nbs/renderer/05_commands.ipynb #2cde87c0
-def answer(text: str, student: Path, scale: int = 4) -> "Image.Image":
+# %% ../../nbs/renderer/05_commands.ipynb #ac2b0b45
+def answer(text: str, student: Path, scale: int = 4) -> Image.Image:
     """teacher | student | difference ×4 of one caption as a PIL image, enlarged `scale` times; a caption that is no scene is a `UserError`."""
-    from PIL import Image
     from kilobench.core.metrics import psnr
     from kilobench.core.show import diff_map, to_pil
     from kilobench.renderer.scene import parse

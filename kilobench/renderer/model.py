@@ -111,7 +111,7 @@ def compose(maps: Tensor, rgb: Tensor, depth: Tensor, page: Tensor) -> Tensor:
     colour = (rgb.transpose(1, 2) @ (seen * paint).flatten(2)).unflatten(2, cover.shape[-2:])
     return colour + (seen * white).sum(1)[:, None] + (1 - cover).prod(1)[:, None] * page
 
-# %% ../../nbs/renderer/01_model.ipynb #f8d4de66
+# %% ../../nbs/renderer/01_model.ipynb #9e22ab1e
 SHARP = 4.0
 
 
@@ -161,7 +161,7 @@ class SlotRenderer(nn.Module):
         group = self.groups(factors).transpose(1, 2).flatten(2)  # [B·S, W, 3·W]
         maps = (Ty @ group).view(-1, n * 3, self.canvas) @ Tx.transpose(1, 2)
         maps = maps.view(*at.shape, n, 3, n).transpose(2, 3)
-        depth = place[..., -1] + 4 * torch.arange(self.slots, device=tokens.device)  # from the start, later nouns are nearer
+        depth = 2 * place[..., -1] + 1.5 * torch.arange(self.slots, device=tokens.device)  # at first later nouns are a little nearer; sure of it, it could not learn otherwise
         return {"attention": attention, "rgb": self.colour(factors[2]).sigmoid(), "depth": depth, "py": py, "px": px, "maps": maps}
 
     def forward(self, tokens: Tensor) -> Tensor:

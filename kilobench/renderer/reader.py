@@ -15,14 +15,14 @@ from torch import Tensor
 from .scene import CELLS, CENTRE, COLOURS, MAX_COUNT, MAX_GROUPS, OFFSETS, PITCH, SHAPES, SIZES, Group, Placed, Scene
 from .teacher import PALETTE, background, paint
 
-# %% ../../nbs/renderer/03a_reader.ipynb #fc7ad1b9
+# %% ../../nbs/renderer/03a_reader.ipynb #ac427ea3
 KINDS = tuple(product(SIZES, SHAPES, range(1, MAX_COUNT + 1)))
-SPAN = 24  # half a window, 1/64 of the canvas: the reach of a group of large objects
+SPAN = 16  # half a window, 1/64 of the canvas: how far the opaque pixels of a group reach from its cell's centre
 
 
 @lru_cache(maxsize=4)
 def group_maps(size: int = 64) -> Tensor:
-    """[40, 3, w, w] for each of KINDS: opaque mask m, and in it M and A of colour·M + A; w = 48/64 of `size`."""
+    """[40, 3, w, w] for each of KINDS: opaque mask m, and in it M and A of colour·M + A; w = 32/64 of `size`."""
     placed = [[Placed(shape, COLOURS[0], s, CENTRE + dx, CENTRE + dy) for dx, dy in OFFSETS[n]] for s, shape, n in KINDS]
 
     def painted(page: float, ink: float) -> Tensor:
@@ -80,24 +80,24 @@ def _explained(images: Tensor, cell: Tensor, kind: Tensor, colour: Tensor) -> Te
     close = (canvas[:, :3] - images).abs().amax(1) < 0.12
     return F.max_pool2d(close[:, None].float(), 3, 1, 1)[:, 0] > 0  # one pixel wider: what lies under the soft edge says nothing about the rest
 
-# %% ../../nbs/renderer/03a_reader.ipynb #bbb27425
+# %% ../../nbs/renderer/03a_reader.ipynb #3fadc9fd
 @torch.no_grad()
 def _search(images: Tensor) -> list[list[tuple[int, int, int]]]:
     """For each image the groups found, as (cell, kind, colour) indices; greedy, then one more look at each."""
-    B, n = len(images), images.shape[-1]
-    found = torch.full((B, MAX_GROUPS, 3), -1)
-    claimed = torch.zeros(B, MAX_GROUPS, n, n, dtype=torch.bool)
+    B, n, cells = len(images), images.shape[-1], torch.arange(len(CELLS))
+    found, claimed = torch.full((B, MAX_GROUPS, 3), -1), torch.zeros(B, MAX_GROUPS, n, n, dtype=torch.bool)
     for turn in range(2 * MAX_GROUPS):
         slot = turn % MAX_GROUPS
         others = [s for s in range(MAX_GROUPS) if s != slot]
-        g = gains(images, 1 - claimed[:, others].any(1).float())
-        for s in others: g[torch.arange(B), found[:, s, 0].clamp(min=0)] -= 1e6 * (found[:, s, 0] >= 0).float()[:, None, None]
-        value, flat = g.flatten(1).max(1)
-        cell, rest = flat // (len(KINDS) * len(COLOURS)), flat % (len(KINDS) * len(COLOURS))
-        kind, colour = rest // len(COLOURS), rest % len(COLOURS)
-        new = torch.where((value > LEAST)[:, None], torch.stack([cell, kind, colour], 1), torch.tensor(-1))
-        found[:, slot] = new
-        claimed[:, slot] = _explained(images, cell, kind, colour) & (value > LEAST)[:, None, None]
+        there = found[:, :, 0] >= 0
+        todo = (there[:, slot] & there[:, others].any(1)) if turn >= MAX_GROUPS else there[:, :slot].all(1)  # second look: where groups may disturb each other
+        if not len(rows := todo.nonzero().flatten()): continue
+        g = gains(images[rows], 1 - claimed[rows][:, others].any(1).float())
+        taken = (found[rows][:, others, 0, None] == cells).any(1)
+        value, best = g.masked_fill(taken[:, :, None, None], -1e6).flatten(1).max(1)
+        new = torch.stack(torch.unravel_index(best, g.shape[1:]), 1)
+        claims = _explained(images[rows], *new.T) & (value > LEAST)[:, None, None]
+        found[rows, slot], claimed[rows, slot] = torch.where((value > LEAST)[:, None], new, -1), claims
     return [[tuple(f) for f in rows if f[0] >= 0] for rows in found.tolist()]
 
 # %% ../../nbs/renderer/03a_reader.ipynb #857d3474

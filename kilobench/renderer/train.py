@@ -6,7 +6,7 @@
 __all__ = ['distill_loss', 'predict_images', 'sample_strip', 'train_student', 'save_trained', 'load_trained', 'load_students',
            'train']
 
-# %% ../../nbs/renderer/02_train.ipynb #1a7c5810
+# %% ../../nbs/renderer/02_train.ipynb #3fe015fb
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from ..core.export import fill, load_student, save_student
 from ..core.losses import RandomPerceptual, WeightedSum, l1, l2, total_variation
 from ..core.metrics import psnr
 from ..core.recipe import UserError
-from ..core.run import Run, stage
+from ..core.run import Run, is_main, stage
 from ..core.show import montage
 from ..core.training import Fitted, Strips, fit, load_fitted
 from .data import CaptionImages, RenderData, Vocabulary, data
@@ -90,7 +90,7 @@ def load_trained(path: Path) -> tuple[nn.Module, Vocabulary, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a student of the renderer project ({e}); give a file from a run's export/ folder") from None
     return fill(model, state, path).eval(), vocabulary, config
 
-# %% ../../nbs/renderer/02_train.ipynb #5b098e4b
+# %% ../../nbs/renderer/02_train.ipynb #86ea9a91
 def load_students(run: Run) -> dict[str, nn.Module]:
     """The trained students of a run, averaged weights, eval mode, on the CPU."""
     v = data(run).vocabulary
@@ -103,4 +103,4 @@ def train(run: Run) -> None:
     made = data(run)
     for name in STUDENTS:
         done = train_student(run, name, made)
-        save_trained(run.path("export", f"{name}.safetensors"), name, done.module.cpu(), made, run.recipe)
+        if is_main(): save_trained(run.path("export", f"{name}.safetensors"), name, done.module.cpu(), made, run.recipe)
