@@ -724,12 +724,12 @@ def test_locks_and_files_are_closed():
 
 def test_a_stage_whose_maker_changed_is_made_again(outputs, capsys):
     "The cache's name holds the maker's version: another version is another file, and 'done' for the old one does not count."
-    class Toy(Recipe):
-        "An imaginary project."
-        project, presets = "toy", {"smoke": {}, "cpu": {}, "full": {}}
+    class Remade(Recipe):
+        "An imaginary project of its own: recipe classes are found by project."
+        project, presets = "remade", {"smoke": {}, "cpu": {}, "full": {}}
 
     version, made = [1], []
-    run = Run.open(Toy.make("smoke"), outputs / "r")
+    run = Run.open(Remade.make("smoke"), outputs / "r")
 
     @stage(makes=lambda run: [run.cache("numbers", "seed", extra={"maker": version[0]})])
     def data(run: Run) -> None:
