@@ -52,6 +52,14 @@ class Toy(Recipe):
     train: TrainPart = TrainPart(steps=5)
 
 
+@pytest.fixture(autouse=True)
+def this_toy(monkeypatch):
+    "Test modules share a process, and several have a toy: here it is this one."
+    from kilobench.core import recipe
+    known = recipe._defined
+    monkeypatch.setattr(recipe, "_defined", lambda cls=recipe.Recipe: known(cls) | {"toy": Toy})
+
+
 def line(act) -> str:
     "The UserError's text, which is one line."
     with pytest.raises(UserError) as e: act()

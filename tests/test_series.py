@@ -27,6 +27,14 @@ class ToyRecipe(Recipe):
     steps: int = Field(3, ge=1, description="steps")
 
 
+@pytest.fixture(autouse=True)
+def this_toy(monkeypatch):
+    "Test modules share a process, and several have a toy: here it is this one."
+    from kilobench.core import recipe
+    known = recipe._defined
+    monkeypatch.setattr(recipe, "_defined", lambda cls=recipe.Recipe: known(cls) | {"toy": ToyRecipe})
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     monkeypatch.setenv("KILOBENCH_OUTPUTS", str(tmp_path / "outputs"))

@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 
 
 class Toy(Recipe):
-    project: ClassVar[str] = "toy"
+    project: ClassVar[str] = "toy_fit"
     presets: ClassVar[dict] = {"smoke": {}, "cpu": {}, "full": {}}
     train: TrainPart = TrainPart(steps=60, batch=16, lr=1e-2, ema=0.9, log_every=7, eval_every=15, save_every=20, schedule="cosine",
                                  accumulate=2)
