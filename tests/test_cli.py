@@ -1,6 +1,7 @@
 """The command line as a user meets it: one process a line, its output, its exit code."""
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,9 @@ import yaml
 from toy_project import STAGES, Toy
 
 import kilobench
-from kilobench.core.cli import find_runs, resolve_run
-from kilobench.core.recipe import UserError
+from kilobench.core.cli import again, find_runs, resolve_run
+from kilobench.core.recipe import UserError, load_recipe_class
+from kilobench.core.run import Run
 
 COMMANDS = '''"""The toy's own commands."""
 import sys
@@ -76,7 +78,7 @@ def test_help_names_every_command(toy):
 @pytest.mark.parametrize("line, said", [
     ("rnu toy", "Did you mean 'run'"), ("run", "Missing argument 'PROJECT'"), ("run toi", "did you mean 'toy'"), ("run toy stpes=5", "did you mean 'steps'"),
     ("run toy steps", "expected name=value"), ("run toy --preset smok", "did you mean 'smoke'"), ("run toy --only trian", "did you mean 'train'"),
-    ("run toy --param x", "--param 'x'"), ("run toy --device gpu --only data", "device"), ("run toy --steps 5", "No such option"), ("run toy --name a/b", "--name"),
+    ("run toy --param x", "--param 'x'"), ("run toy --device gpu --only data", "device"), ("run toy --steps 5", "No such option: --steps (recipe values have no dashes, such as seed=7; kilobench run --help"), ("run toy smoke", "is a preset; write --preset smoke"), ("show a b", "(kilobench show --help"), ("compare toy/cpu", "two runs or more"), ("compare toy/cpu toy", "two runs or more"), ("run toy --name a/b", "--name"),
     ("run toy --notebooks /nowhere", "/nowhere: no such folder"), ("recipe toi", "did you mean 'toy'"), ("train toy steps=many", "int ≥ 1"),
     ("show toy/cup", "did you mean 'toy/cpu'"), ("list toi", "did you mean 'toy'"), ("predict", "which project? toy"), ("predict toi", "did you mean 'toy'"),
     ("export toy", "toy has no export; it has predict, check"), ("predict toy", "Missing option '--text'"), ("predict toy --text ''", "--text: empty")])
@@ -108,13 +110,14 @@ def test_a_closed_pipe_is_quiet(toy):
 def test_list_and_recipe_are_tables_for_a_pipe(toy):
     projects, runs = toy("list").stdout.split("\n\n")
     assert projects.splitlines()[1].split("\t") == ["toy", "smoke cpu full", "predict check"] and runs.splitlines()[1].startswith("toy/cpu\t")
+    assert runs.splitlines()[1].endswith("\t")
     fields = dict(line.split("\t")[:2] for line in toy("recipe", "toy", "steps=7").stdout.splitlines())
     assert fields["steps"] == "7" and fields["preset"] == "smoke"
     assert yaml.safe_load(toy("recipe", "toy", "-p", "cpu", "--yaml").stdout)["steps"] == 30
 
 
 def test_show_prints_criteria_rows_and_the_page(toy, tmp_path):
-    assert "report.json: not there yet" in one_line(toy("show", "toy/cpu"))
+    assert "nothing is measured yet, done: nothing; `kilobench run toy --preset cpu` goes on" in one_line(toy("show", "toy/cpu"))
     run = Toy(tmp_path / "other")
     assert run("recipe", "toy").returncode == 0
     folder = run.outputs / "toy" / "shown"
@@ -131,6 +134,15 @@ def test_show_prints_criteria_rows_and_the_page(toy, tmp_path):
     assert "report.json" in one_line(run("show", "toy/shown"))
 
 
+def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path, monkeypatch):
+    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(tmp_path))
+    made = load_recipe_class("renderer").make("cpu", ["seed=7", f"data.folder={tmp_path}", "train.betas=[0.8, 0.99]"])
+    words = shlex.split(again(Run.open(made, tmp_path / "renderer" / "mine")))
+    assert words[:7] == ["kilobench", "run", "renderer", "--preset", "cpu", "--name", "mine"] and f"data.folder={tmp_path}" in words
+    assert load_recipe_class("renderer").make("cpu", words[7:]) == made
+    assert "--name" not in again(Run.open(made))
+
+
 def test_compare_puts_runs_side_by_side_and_refuses_other_protocols(toy, tmp_path):
     run = Toy(tmp_path / "other")
     recipe = run("recipe", "toy", "-p", "cpu", "--yaml").stdout
@@ -138,7 +150,10 @@ def test_compare_puts_runs_side_by_side_and_refuses_other_protocols(toy, tmp_pat
         (folder := run.outputs / "toy" / name).mkdir(parents=True)
         (folder / "recipe.yaml").write_text(recipe)
         (folder / "report.json").write_text(json.dumps(REPORT | more))
-    assert run("compare", "toy/a", "toy/b").stdout.count("slots") >= 1
+    said = run("compare", "toy/a", "toy/b").stdout.splitlines()
+    assert said[0] == "\ta: slots\ta: best control\tb: slots\tb: best control" and "psnr\t36.7\t9.5\t36.7\t9.5" in said
+    assert "parameters\t300\t\t300\t" in said and not any("nan" in line for line in said), "what is missing is blank"
+    assert "lpips: unavailable" in said and said[-1].startswith("b: preset smoke, seed : ")
     assert "ssim" in one_line(run("compare", "toy/a", "toy/c"))
 
 

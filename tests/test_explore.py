@@ -245,6 +245,14 @@ def test_a_still_states_its_values():
     assert "n = 0.3, word = red\nPSNR: 30 dB" in said and "teacher" in said and "T" in said
 
 
+def test_a_still_breaks_lines_that_are_too_long():
+    e = Explorer({f"a_rather_long_name_{i}": ["some word"] for i in range(9)}, lambda **_: {"teacher": flat(9), "student": flat(9)})
+    figure = snapshot(e)
+    figure.draw_without_rendering()
+    said = figure._supxlabel.get_window_extent()
+    assert said.x1 <= figure.bbox.x1 and said.y0 >= -1 and figure._supxlabel.get_text().replace("\n", " ").count("some word") == 9
+
+
 def test_plotly_goes_into_an_output_that_is_reused(monkeypatch):
     monkeypatch.setattr("kilobench.core.explore.find_spec", lambda name: None)      # as where anywidget is not installed
     e = Explorer({"size": (1, 6)}, lambda size: view3d(torch.rand(10, 3), size=size))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from pydantic import Field, model_validator
 
-from kilobench.core.recipe import (Part, Recipe, TrainPart, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest,
+from kilobench.core.recipe import (Part, PathText, Recipe, TrainPart, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest,
                                    parse_overrides, pick_device, read_yaml, seed_everything, seeded)
 
 
@@ -309,3 +309,33 @@ def test_seeded_starts_from_the_seed_and_puts_everything_back():
     seed_everything(1)
     with pytest.raises(KeyError), seeded(5): raise KeyError
     assert draw() == expect
+
+
+class Own(Part):
+    folder: PathText = Field("", description="a folder")
+
+
+class WithPaths(Recipe):
+    "A recipe that names files of the user's."
+    project = "with paths"
+    presets = {"smoke": {}, "cpu": {}, "full": {}}
+    own: Own = Own()
+
+
+def test_paths_are_absolute_from_the_start(tmp_path, monkeypatch):
+    (tmp_path / "my pictures").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = WithPaths.make("smoke", ["own.folder=my pictures"])
+    assert made.own.folder == str(tmp_path / "my pictures") == WithPaths.make("smoke", ["own.folder=~/my pictures"]).own.folder
+    (tmp_path / "recipe.yaml").write_text(made.to_yaml())
+    monkeypatch.chdir("/")
+    assert WithPaths.from_yaml(tmp_path / "recipe.yaml") == made == WithPaths.make("smoke", join_overrides({"own.folder": made.own.folder}))
+    assert Own().folder == "" and Own(folder="kilobench/core").folder.startswith("/") and os.path.isdir(Own(folder="kilobench/core").folder), "also from the checkout"
+
+
+def test_a_path_that_is_not_there_is_told(tmp_path):
+    made = WithPaths.make("smoke", {"own.folder": str(tmp_path / "nothing")})
+    with pytest.raises(UserError, match=r"^own.folder: .*/nothing is not there"): made.check_paths()
+    WithPaths.make().check_paths()
+    WithPaths.make("smoke", {"own.folder": str(tmp_path)}).check_paths()

@@ -1,4 +1,5 @@
 """The renderer project: grammar, teacher, reader, data, students and commands, on real parts at toy size."""
+import io
 import json
 import os
 import signal
@@ -161,12 +162,24 @@ def folder_of(tmp_path: Path, n: int = 60) -> Path:
 
 @pytest.mark.parametrize("line, said", [
     ('{"file": "../../../etc/passwd", "caption": "x"}', "outside the folder"), ('{"file": "no.png", "caption": "x"}', "is not there"), ('{"file": 3, "caption": "x"}', "expected text"),
-    ('{"file": "0.png"', "not JSON"), ("[" * 100_000, "not JSON"), ('{"file": "0.png", "caption": "  "}', "expected text")])
+    ('{"file": "0.png", "caption": "!?"}', "words in"), ('{"file": "0.png", "caption": "' + "very " * 300 + '"}', "expected 1 to 200"), ('{"file": "0.png"', "not JSON"), ("[" * 100_000, "not JSON"), ('{"file": "0.png", "caption": "  "}', "expected text")])
 def test_faults_of_an_own_folder_name_their_line(tmp_path, line, said):
     folder = folder_of(tmp_path, 21)
     with (folder / "captions.jsonl").open("a") as f: f.write("\n" + line)
     with pytest.raises(UserError, match=said) as e: read_captions(folder)
     assert "line 22" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_captions_with_a_byte_order_mark_are_read(tmp_path):
+    folder = folder_of(tmp_path, 21)
+    (folder / "captions.jsonl").write_bytes(b"\xef\xbb\xbf" + (folder / "captions.jsonl").read_bytes())
+    assert len(read_captions(folder)) == 21
+
+
+def test_a_folder_for_scenes_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "inner", "/proc/scenes"):
+        with pytest.raises(UserError, match="--out .* cannot be made"): commands.data(out=Path(out), n=20)
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):
@@ -327,6 +340,7 @@ def test_the_report_has_every_row_with_its_role(finished):
     assert {"blank page", "mean image", "another caption"} <= {n for n, r in roles.items() if r == "control"}
     slots = next(r for r in report.rows if r.name == "slots")
     assert {f"psnr/{s}" for s in TESTS} | {f"readback/{s}" for s in TESTS} <= set(slots.metrics) and slots.cost["latency_ms_b64"] > 0
+    assert all(r.cost["train_seconds"] > 0 for r in report.rows if r.name in STUDENTS)
     assert report.data.ceilings["psnr"].value is None and all(c.passed for c in report.data.checks)
     assert report.counterfactual["slots"]["overall"]["edits"] > 10 and report.collapsed and not any(c.passed for c in report.criteria)
     assert set(report.seconds) >= {"data", "train", "evaluate", "counterfactual"}
@@ -349,7 +363,7 @@ def test_predict_from_text_and_from_stdin(finished, tmp_path, monkeypatch, capsy
     monkeypatch.setenv("KILOBENCH_OUTPUTS", str(finished.dir.parents[1]))
     commands.predict("two small red balls left of a blue cube", tmp_path / "x.png", run=str(finished.dir))
     assert Image.open(tmp_path / "x.png").size == (3 * 256 + 8, 256)
-    monkeypatch.setattr(sys, "stdin", iter(["a red ball\n", "\n", "a blue cube at the top\n"]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red ball\n\na blue cube at the top\n"))
     commands.predict("", tmp_path / "many")
     assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0000-a-red-ball.png", "0001-a-blue-cube-at-the-top.png"]
     assert "dB against the teacher" in capsys.readouterr().out
@@ -369,7 +383,7 @@ def test_check_names_a_damaged_student(finished, capsys):
 
 
 def test_pictures_of_your_own_train_the_same_students(outputs, tmp_path):
-    from kilobench.renderer.counterfactual import counterfactual
+    from kilobench.renderer.counterfactual import counterfactual, explorer
     from kilobench.renderer.evaluate import evaluate
     folder = folder_of(tmp_path)
     run = open_run("renderer", "smoke", "", f"{TINY} data.folder={folder}")
@@ -378,6 +392,12 @@ def test_pictures_of_your_own_train_the_same_students(outputs, tmp_path):
     report = Report.load(run.dir)
     assert "no oracle" in report.counterfactual["slots"]["overall"]["edits"] and not any(r.role == "teacher" for r in report.rows)
     assert data(run).own and data(run).tests == ["iid"]
+    assert "no oracle: pictures of your own come without a scene graph" in (run.dir / "index.html").read_text()
+    ask = lambda text: predict_images(train(run)["slots"], data(run).vocabulary.encode([text]))[0]
+    alone = explorer(ask, own=data(run).captions("iid")[0])
+    assert list(alone.images) == ["student"] and alone.set(say="a unicorn").images == {} and "unicorn" in alone.text
+    assert report.stamp["extra"]["n"] == 60 and len(report.stamp["extra"]["test pictures"]) == 12 and "held out" not in report.stamp["extra"]
+    assert all(s >= 0 for s in report.seconds.values()) and set(report.seconds) >= {"train", "evaluate", "counterfactual"}
 
 
 KILL = """

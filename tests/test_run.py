@@ -1,5 +1,6 @@
 """core.run: run folders under kills, full disks, second processes, damaged files. Processes are synchronised by pipes; nothing sleeps."""
 import errno
+import itertools
 import json
 import os
 import resource
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from kilobench.core.recipe import Recipe, TrainPart, UserError
 from kilobench.core.run import (
     Run,
     RunFolder,
+    RunRecord,
     StageBook,
     atomic_path,
     atomic_write,
@@ -412,6 +415,47 @@ def test_manifest_says_what_it_ran_on(monkeypatch):
     assert Run.load(run.dir).manifest["stamp"] == {"background": "white"}
 
 
+OPENER = """
+import os, sys, time
+from kilobench.core import run as module
+from kilobench.core.recipe import Recipe
+from kilobench.core.run import Run
+class Toy(Recipe):
+    project = "toy"
+    presets = {"smoke": {}, "cpu": {}, "full": {}}
+    n: int = 1
+module.__version__ = sys.argv[2]
+while time.time() < float(sys.argv[3]): pass
+try: Run.open(Toy.make("smoke", sys.argv[4]), sys.argv[1])
+except Exception as e: sys.exit(f"{type(e).__name__}: {e}")
+"""
+
+
+def open_elsewhere(folder, *asked, at=0.0):
+    """Open a run in processes of their own, one for each (version, overrides), all at the time `at`; what each said on stderr."""
+    them = [subprocess.Popen([sys.executable, "-c", OPENER, str(folder), version, str(at), overrides], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+            for version, overrides in asked]
+    return [p.communicate()[1] for p in them]
+
+
+def test_of_two_recipes_that_open_one_folder_at_once_one_is_refused(tmp_path):
+    said = open_elsewhere(tmp_path / "run", *(("1", f"n={1 + k % 2}") for k in range(4)), at=time.time() + 3)
+    assert sum("holds a run of another recipe" in s for s in said) == 2 and sum(not s for s in said) == 2, said
+
+
+def test_many_that_open_a_run_while_another_works_in_it_lose_nothing(tmp_path):
+    assert open_elsewhere(tmp_path / "run", ("1", "")) == [""]
+    run, at = RunRecord(tmp_path / "run"), time.time() + 3
+    with run.lock(), ThreadPoolExecutor(1) as pool:
+        others = pool.submit(open_elsewhere, run.dir, *((f"v{k}", "") for k in range(6)), at=at)
+        for k in itertools.count():
+            run._note(**{f"fact {k}": k})
+            if others.done(): break
+    assert others.result() == [""] * 6
+    assert {e["kilobench"] for e in run.manifest["later"]} == {f"v{k}" for k in range(6)}, "each version that opened it is noted"
+    assert [v for name, v in run.manifest.items() if name.startswith("fact ")] == list(range(k + 1)), "and nothing that was noted meanwhile is lost"
+
+
 def test_git_state(tmp_path):
     assert git_state(None) == git_state(tmp_path) == {"commit": None, "dirty": None}
     git = lambda *a: subprocess.run(
@@ -506,6 +550,25 @@ def test_seconds_of_a_stage_are_its_own():
     assert 0.05 <= run.seconds["data"] and sum(run.seconds.values()) <= elapsed
 
 
+def test_what_a_stage_loads_through_other_stages_is_counted_once():
+    run = Run.open(Toy.make())
+    def slow(run): time.sleep(0.03)
+    @stage(load=slow)
+    def data(run): pass
+    @stage(load=lambda run: data(run))
+    def train(run): data(run)
+    @stage()
+    def evaluate(run):
+        data(run); train(run)
+        time.sleep(0.02)
+    @stage()
+    def counterfactual(run): train(run)  # nothing of its own
+    train(run)
+    evaluate(run)
+    counterfactual(run)
+    assert 0.02 <= run.seconds["evaluate"] < 0.05 and 0 <= run.seconds["counterfactual"] < 0.02
+
+
 def test_a_stage_without_load_returns_its_value_the_first_time():
     run = Run.open(Toy.make())
     @stage()
@@ -585,6 +648,7 @@ def test_reset_moves_and_never_deletes():
     assert run.reset("train") is None and run.reset() is None
     train(run)
     assert run.reset("*") == run.dir / ".old/3" and sorted(p.name for p in run.dir.iterdir()) == [
+        ".manifest.lock",
         ".old",
         "manifest.json",
         "recipe.yaml",

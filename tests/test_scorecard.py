@@ -272,6 +272,8 @@ def test_compare_refuses_unlike_stamps_and_names_the_fields(run, tmp_path):
         compare([run.dir, other("c", background="black", extra={"poses": 20})])
     assert "\n" not in str(e.value) and "seed" not in str(e.value)
     with pytest.raises(UserError, match="seed"): compare([run.dir, tmp_path / "b" / "report.json"], allow=())
+    compare([other("d", lpips="none: put a file in ~/there"), other("e", lpips="none: put a file in /here")])     # not measured is not measured
+    with pytest.raises(UserError, match="lpips"): compare([tmp_path / "d", other("f", lpips="alex")])
     with pytest.raises(UserError, match="at least one"): compare([])
     bare = Run.open(Bench.make("cpu"), tmp_path / "bare")
     fill(Scorecard(bare)).write()
@@ -363,6 +365,21 @@ def test_collapse_is_said_in_red_above_everything(run):
     assert alarm["class"] == "alarm" and "Collapsed: slots" in page.text and "✗ collapsed" in page.text
     fine = Page(fill(Scorecard(run)).write() and run.path("index.html").read_text())
     assert not [a for a in fine.all("div") if a.get("role") == "alert"] and "✓ 1 of 1 criteria passed" in fine.text
+
+
+def test_a_counterfactual_that_nobody_can_answer_says_why(run):
+    card = Scorecard.part(run, "counterfactual")
+    card.counterfactual({"overall": {"edits": "no oracle: pictures of your own"}}, row="slots")
+    said = Page(render_page(merge([card.collected()], "p", "smoke", {}))).text
+    assert "no oracle: pictures of your own" in said and "Every edit was made" not in said and "n/a" not in said
+
+
+def test_the_page_names_the_notebook_that_is_under_way_as_it_will_be(run):
+    run.path("notebooks").mkdir()
+    for name in ("00_data.ipynb", "01_model.partial.ipynb"): run.path("notebooks", name).touch()
+    fill(Scorecard(run, Stamp(seed=1, preset="cpu"))).write()
+    page = (run.dir / "index.html").read_text()
+    assert 'href="notebooks/00_data.ipynb"' in page and 'href="notebooks/01_model.ipynb"' in page and "partial" not in page
 
 
 def test_no_stated_margin_is_said(run):

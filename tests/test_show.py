@@ -117,6 +117,13 @@ def test_curves_from_frame_csv_and_rows(tmp_path):
     assert [ax.get_title(loc="left") for ax in both.axes] == ["loss", "l1", ""][:len(both.axes)] and {" tv"} <= set(texts(both.axes[0]))
 
 
+def test_labels_of_lines_that_end_together_do_not_overlap():
+    figure = curve(HISTORY[["step", "psnr"]].assign(loss=[.9, .5, .41, .400], l1=[.9, .5, .4, .399], l2=[.9, .5, .4, .398], far=[.9, .1, .01, 1e-5]), metrics=["psnr"])
+    figure.draw_without_rendering()
+    boxes = sorted(t.get_window_extent().y0 for t in figure.axes[0].texts)
+    assert len(boxes) == 4 and min(b - a for a, b in zip(boxes, boxes[1:])) >= 8 * figure.dpi / 72
+
+
 def test_losses_that_reach_zero_are_not_logarithmic():
     assert curve(HISTORY.assign(l1=[1.0, 0.5, 0.0, -1.0], tv=1.0)).axes[0].get_yscale() == "linear"
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
            'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'main', 'find_runs', 'resolve_run', 'show_table',
-           'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of', 'load_command', 'Verb',
-           'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips', 'look_at_options', 'look_at_house',
-           'doctor']
+           'again', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of', 'load_command',
+           'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips', 'look_at_options',
+           'look_at_house', 'doctor']
 
-# %% ../../nbs/core/13_cli.ipynb #9ddb2d03
-import ast, functools, importlib, importlib.metadata, os, re, shutil, sys, traceback
+# %% ../../nbs/core/13_cli.ipynb #af4e25a8
+import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
@@ -18,8 +19,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import kilobench
-from .recipe import UserError, find_projects, leaves, load_recipe_class, nearest, pick_device
-from .run import Run, is_main, notebooks_dir, outputs_dir, project_root, read_json
+from .recipe import Recipe, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest, pick_device, read_value
+from .run import Run, default_dir, is_main, notebooks_dir, outputs_dir, project_root, read_json
 from .series import QUIET_THREADS, STAGES, Stopped, find_series, run_series
 
 # %% ../../nbs/core/13_cli.ipynb #0a3f3a2e
@@ -36,17 +37,24 @@ def root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; w
          version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False) -> None:
     """Distils slow visual models into small fast students, and proves what was kept."""
 
-# %% ../../nbs/core/13_cli.ipynb #020be13b
+# %% ../../nbs/core/13_cli.ipynb #b37b8eca
 def _run(args: Sequence[str]) -> int:
     """Execute a command line; its exit code, where it ends by itself."""
     code = app(list(args) or ["--help"], prog_name="kilobench", standalone_mode=False)
     sys.stdout.flush()
     return code if isinstance(code, int) else 0
 
+def _misused(e: typer.TyperException) -> str:
+    """What typer noticed, and where the right words stand."""
+    ctx, said = getattr(e, "ctx", None), e.format_message().partition(" (Possible options:")[0]
+    values = ctx is not None and said.startswith("No such option") and any(p.name == "overrides" for p in ctx.command.params)
+    more = "recipe values have no dashes, such as seed=7; " * values
+    return f"{said} ({more}{ctx.command_path if ctx else 'kilobench'} --help lists what there is)"
+
 def _in_words(e: BaseException) -> tuple[str, int]:
     """What to say about an exception, and the exit code."""
     if isinstance(e, UserError): return str(e), getattr(e, "exit_code", 2)
-    if isinstance(e, typer.TyperException): return f"{e.format_message()} (kilobench --help lists what there is)", 2
+    if isinstance(e, typer.TyperException): return _misused(e), 2
     if isinstance(e, KeyboardInterrupt | typer.Abort): return "interrupted", 130
     return f"a fault in kilobench: {type(e).__name__}: {str(e)[:300]} (again with --debug for the traceback)", 1
 
@@ -107,7 +115,7 @@ def resolve_run(word: str) -> Run:
     if not runs: raise UserError(f"run {word!r}: there is no run under {outputs_dir()} yet; start one with `kilobench run PROJECT`")
     raise UserError(f"run: {nearest(word, runs)}")
 
-# %% ../../nbs/core/13_cli.ipynb #147cf7b7
+# %% ../../nbs/core/13_cli.ipynb #6a3c7aeb
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
     """Print rows under columns: a drawn table on a terminal, tab-separated lines elsewhere; rich markup in a cell is not read."""
     cells = [[_text(c) for c in row] for row in rows]
@@ -118,20 +126,39 @@ def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str
     from rich.console import Console
     from rich.table import Column, Table
     from rich.text import Text
-    shape = [Column(c, overflow="fold") for c in columns]
-    table = Table(*shape, title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD)
+    whole = max((len(row[0]) for row in cells), default=0) <= 40  # a name is easier to find in one piece
+    shape = [Column(c, overflow="fold", no_wrap=whole and i == 0) for i, c in enumerate(columns)]
+    table = Table(*shape, title=title, title_justify="left", header_style="bold", box=box.SIMPLE_HEAD, pad_edge=len(columns) < 7, padding=(0, int(len(columns) < 7)))
     for row in cells: table.add_row(*(Text(c, style=STYLES.get(c, "")) for c in row))
     Console().print(table)
 
 STYLES = {"passed": "green", "ok": "green", "FAILED": "bold red", "missing": "yellow", "broken": "red", "optional": "dim", "control": "dim"}
 
 def _text(value: Any) -> str:
-    if value is None: return ""
+    if value is None or value != value: return ""  # missing, or not a number
     if isinstance(value, float): return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return " ".join(str(value).split())
 
-# %% ../../nbs/core/13_cli.ipynb #32808dcd
-def _values(overrides: Sequence[str] | None, device: str) -> list[str]: return [*(overrides or ()), *[f"device={device}"][:bool(device)]]
+# %% ../../nbs/core/13_cli.ipynb #36f0054e
+def _values(project: str, overrides: Sequence[str] | None, device: str = "") -> list[str]:
+    """The recipe values of a command line; a preset among them is told how it is given."""
+    for word in overrides or ():
+        if word in load_recipe_class(project).presets: raise UserError(f"{word!r} is a preset; write --preset {word}")
+    return [*(overrides or ()), *[f"device={device}"][:bool(device)]]
+
+def _altered(recipe: Recipe) -> list[str]:
+    """What a recipe has other than its preset, as words for a command line."""
+    given = {k: b for k, (_, b) in type(recipe).make(recipe.preset).diff(recipe).items()}
+    return [f"{k}={v}" if isinstance(v, str) and _reads_back(v) else join_overrides({k: v}) for k, v in given.items()]
+
+def _reads_back(text: str) -> bool:
+    with suppress(UserError): return read_value(text) == text
+    return False
+
+def again(run: Run) -> str:
+    """The command that goes on with a run."""
+    named = [] if run.dir == default_dir(run.recipe).resolve() else ["--name", run.dir.name]
+    return shlex.join(["kilobench", "run", run.project, "--preset", run.recipe.preset, *named, *_altered(run.recipe)])
 
 def closing(run: Run) -> str:
     """What there is to say at the end of a run: criteria passed, and where the scorecard lies."""
@@ -145,7 +172,7 @@ def closing(run: Run) -> str:
     lines.append(f"scorecard: {page}" if page.exists() else f"run: {run.dir} (no scorecard yet: evaluate has not ended)")
     return "\n".join(lines)
 
-# %% ../../nbs/core/13_cli.ipynb #564daf25
+# %% ../../nbs/core/13_cli.ipynb #3dd71c45
 @app.command()
 def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke", name: Name = "", only: Stages = None, start: Start = "",
         fresh: Fresh = False, reference: Reference = False, device: Device = "", param: Params = None, notebooks: Edited = None) -> None:
@@ -153,17 +180,17 @@ def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke",
     for item in param or ():
         if not re.match(r"\w+=", item): raise UserError(f"--param {item!r}: expected NAME=VALUE")
     try:
-        made = run_series(project, preset, _values(overrides, device), name, only or (), start, fresh, reference,
+        made = run_series(project, preset, _values(project, overrides, device), name, only or (), start, fresh, reference,
                           parameters=dict(p.split("=", 1) for p in param or ()),
                           series=find_series(project, notebooks.expanduser().absolute()) if notebooks else None)
     except Stopped as e: raise typer.Exit(128 + e.signum) from None
     print(closing(made))
 
-# %% ../../nbs/core/13_cli.ipynb #d829a44c
+# %% ../../nbs/core/13_cli.ipynb #dd404163
 @app.command()
 def train(project: Project, overrides: Overrides = None, preset: Preset = "smoke", name: Name = "", device: Device = "") -> None:
     """Train without notebooks; the entry for torchrun."""
-    recipe = load_recipe_class(project).make(preset, _values(overrides, device))
+    recipe = load_recipe_class(project).make(preset, _values(project, overrides, device))
     for variable, value in QUIET_THREADS.items(): os.environ.setdefault(variable, value)  # read when torch is imported
     if recipe.device != "auto": pick_device(recipe.device)
     from kilobench.core.training import make_accelerator
@@ -172,15 +199,16 @@ def train(project: Project, overrides: Overrides = None, preset: Preset = "smoke
     importlib.import_module(f"kilobench.{project}.train").train(made)
     if is_main(): print(f"run: {made.dir}")
 
-# %% ../../nbs/core/13_cli.ipynb #26cefdea
+# %% ../../nbs/core/13_cli.ipynb #60c2e202
 def _run_row(name: str) -> tuple:
     try:
         run = Run.load(outputs_dir() / name)
         report = read_json(run.path("report.json")) if run.path("report.json").exists() else {}
         passed = [c["passed"] for c in report.get("criteria", [])]
         criteria = f"{sum(passed)}/{len(passed)}" if passed else ""
-        return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16]
-    except UserError as e: return name, str(e), None, "", ""
+        altered = " ".join(_altered(run.recipe))
+        return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16], altered
+    except UserError as e: return name, str(e), None, "", "", ""
 
 @app.command("list")
 def list_all(project: Annotated[str, _arg(help="only this one", autocompletion=_complete_projects)] = "") -> None:
@@ -190,21 +218,21 @@ def list_all(project: Annotated[str, _arg(help="only this one", autocompletion=_
     mine = [p for p in projects if project in ("", p)]
     show_table(["project", "presets", "commands"], [(p, " ".join(load_recipe_class(p).presets), " ".join(_verbs_of(p))) for p in mine])
     print()
-    if runs := find_runs(project): show_table(["run", "stages done", "seconds", "criteria", "started"], map(_run_row, runs))
+    if runs := find_runs(project): show_table(["run", "stages done", "seconds", "criteria", "started", "other than the preset"], map(_run_row, runs))
     else: print(f"no runs under {outputs_dir()} yet; `kilobench run PROJECT` starts one")
 
-# %% ../../nbs/core/13_cli.ipynb #0eeef8e4
+# %% ../../nbs/core/13_cli.ipynb #74257433
 @app.command()
 def recipe(project: Project, overrides: Overrides = None, preset: Preset = "smoke",
            yaml: Annotated[bool, typer.Option("--yaml", help="as the YAML of recipe.yaml")] = False) -> None:
     """Print every value of a recipe, with its unit."""
-    made = load_recipe_class(project).make(preset, overrides or ())
+    made = load_recipe_class(project).make(preset, _values(project, overrides))
     if yaml: print(made.to_yaml(), end="")
     else:
         rows = [(name, str(value), kind, about) for name, value, kind, about in made.table()]
         show_table(["field", "value", "type", "meaning, unit"], rows, f"{project}, preset {preset}")
 
-# %% ../../nbs/core/13_cli.ipynb #55c5c017
+# %% ../../nbs/core/13_cli.ipynb #c6d3ca0e
 def _rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], dict[str, str]]:
     """The rows of a report turned into columns, a line for each metric and cost that is a number somewhere; and the words, once each."""
     flat = [{"role": r["role"]} | _flat(r["metrics"]) | _flat(r["cost"]) for r in report["rows"]]
@@ -224,10 +252,10 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def show(run: OneRun) -> None:
     """Show a run's scorecard, and where its page is."""
     made = resolve_run(run)
-    if not (file := made.path("report.json")).exists():
-        raise UserError(f"{file}: not there yet, done: {', '.join(made.seconds) or 'nothing'}; `kilobench run {made.project}` goes on")
     from kilobench.core.scorecard import Report
-    report = Report.load(file).model_dump()
+    report = Report.load(file).model_dump() if (file := made.path("report.json")).exists() else {}
+    if not report.get("rows"):
+        raise UserError(f"{made.dir}: nothing is measured yet, done: {', '.join(made.seconds) or 'nothing'}; `{again(made)}` goes on")
     criteria = [(c["name"], c["value"], f"{c['op']} {_text(c['threshold'])}", "passed" if c["passed"] else "FAILED", c["source"])
                 for c in report["criteria"]]
     show_table(["criterion", "value", "asked", "", "source"], criteria, f"{made.project}, {made.dir.name}")
@@ -242,12 +270,30 @@ def show(run: OneRun) -> None:
 def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="two or more, as for show", autocompletion=_complete_runs)]) -> None:
     """Put the rows of several runs side by side; refused where they were measured differently."""
     from kilobench.core.scorecard import compare as compare_reports
-    table = compare_reports([resolve_run(r).path("report.json") for r in runs])
-    show_table([str(c) for c in table.columns], table.itertuples(index=False, name=None))
+    files = list(dict.fromkeys(resolve_run(r).path("report.json") for r in runs))
+    if len(files) < 2: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one")
+    table = compare_reports(files).to_dict("records")
+    columns, lines, words = _rows({"rows": [side for run in dict.fromkeys(r["run"] for r in table) for side in _sides(run, table)]})
+    show_table(columns, lines)
+    for name, text in words.items(): print(f"{name}: {text}")
+    print()
+    for text in dict.fromkeys(f"{r['run']}: preset {r['preset']}, seed {_text(r['seed'])}: {r['verdict']}" for r in table): print(text)
 
-# %% ../../nbs/core/13_cli.ipynb #6fe6b168
+def _sides(run: str, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Teacher, students and baselines of one run of a comparison, and the best that a control has on each metric."""
+    from kilobench.core.scorecard import better
+    about, best, out = ("run", "preset", "seed", "row", "role", "verdict"), {}, []
+    for row in (r for r in table if r["run"] == run):
+        values = {k: v for k, v in row.items() if k not in about and v is not None and v == v}
+        cost = {k.removeprefix("cost/"): values.pop(k) for k in list(values) if k.startswith("cost/")}
+        if row["role"] != "control": out.append({"name": f"{run}: {row['row']}", "role": row["role"], "metrics": values, "cost": cost})
+        for k, v in values.items() if row["role"] == "control" else ():
+            if not isinstance(v, str) and math.isfinite(v): best[k] = (max if better(k) == "higher" else min)(v, best.get(k, v))
+    return [*out, {"name": f"{run}: best control", "role": "control", "metrics": best, "cost": {}}] if best else out
+
+# %% ../../nbs/core/13_cli.ipynb #6bcd0944
 VERBS = {"predict": "Use a trained student on your own input.", "data": "Make or import data.",
-         "export": "Write a student for use elsewhere.", "check": "Verify data and assets."}
+         "export": "Write a student for use elsewhere.", "check": "Verify data and assets.", "teacher": "Train a teacher, where a project can."}
 
 @functools.cache
 def functions_of(project: str) -> dict[str, str]:
@@ -291,7 +337,7 @@ class Verb(TyperGroup):
 for _verb, _help in VERBS.items():
     app.add_typer(typer.Typer(cls=Verb), name=_verb, help=_help, subcommand_metavar="PROJECT ...", context_settings=HELP)
 
-# %% ../../nbs/core/13_cli.ipynb #c4b565a9
+# %% ../../nbs/core/13_cli.ipynb #eb6d9aa7
 @app.command()
 def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="a new folder, or one without these notebooks")],
               project: Annotated[str, _opt("--project", help="only this one", autocompletion=_complete_projects)] = "") -> None:
@@ -305,7 +351,7 @@ def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="a new folder, or
     for f in files:
         (folder / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / f, folder / f)
-    print(f"{len(files)} notebooks in {folder.absolute()}")
+    print(f"{len(files)} notebooks in {folder.absolute()}; run yours with `kilobench run {project or 'PROJECT'} --notebooks {folder.absolute() / (project or 'PROJECT')}`")
 
 # %% ../../nbs/core/13_cli.ipynb #623487aa
 Finding = tuple[str, str, str, str]  # what, state, found, what to do

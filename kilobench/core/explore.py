@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['control', 'Panel', 'Shown', 'Newest', 'Screen', 'plotly_view', 'headless', 'Explorer', 'snapshot']
 
-# %% ../../nbs/core/10_explore.ipynb #9e581ce3
+# %% ../../nbs/core/10_explore.ipynb #c20e432f
 import html
 import json
 import os
+import textwrap
 import threading
 from base64 import b64encode
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from traitlets import TraitError
 from .recipe import UserError, nearest
 from .show import MUTED, Plot, montage, to_array, to_png
 
-# %% ../../nbs/core/10_explore.ipynb #d4ca8aa4
+# %% ../../nbs/core/10_explore.ipynb #8128e629
 def _slider(name: str, spec: tuple, **kw) -> widgets.Widget:
     """(lo, hi[, step[, start]]) → an integer slider when all of them are whole, else a float slider."""
     if not 2 <= len(spec) <= 4 or not all(isinstance(v, (int, float)) for v in spec) or not spec[0] < spec[1]:
@@ -45,8 +46,8 @@ def control(name: str, spec: Any) -> widgets.Widget:
     if isinstance(spec, bool): return widgets.Checkbox(value=spec, indent=False, **kw)
     if isinstance(spec, str): return widgets.Text(spec, continuous_update=False, layout={"width": "min(100%, 36em)"}, **kw)
     if isinstance(spec, tuple): return _slider(name, spec, **kw)
-    if isinstance(spec, Mapping) and spec: return widgets.Dropdown(options=list(spec.items()), **kw)
-    if isinstance(spec, list) and spec: return widgets.Dropdown(options=spec, **kw)
+    if isinstance(spec, (Mapping, list)) and spec:
+        return widgets.Dropdown(options=list(spec.items()) if isinstance(spec, Mapping) else spec, layout={"width": "auto"}, **kw)
     raise UserError(f"explorer control {name!r}: {spec!r} is no list or dict (non-empty), (lo, hi[, step[, start]]), bool, text or widget")
 
 # %% ../../nbs/core/10_explore.ipynb #55d36b20
@@ -277,14 +278,15 @@ class Explorer:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]: return _bundle(self)
 
-# %% ../../nbs/core/10_explore.ipynb #f00b5fd8
+# %% ../../nbs/core/10_explore.ipynb #79bc5c9f
 def snapshot(explorer: Explorer) -> Plot | None:
     """What an explorer shows, as one figure with its values below; None where it shows no picture."""
     if not explorer.images: return None
     state = ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in explorer.panel.values.items())
     widest = max(i.shape[1] / i.shape[0] for i in explorer.images.values())
     figure = montage({"": list(explorer.images.values())}, list(explorer.images), size=1.9 * max(1, widest), title=explorer.title)
-    words = [state, *explorer.shown.lines]
+    fits = int(figure.get_figwidth() * 72 / 4.8)     # characters of 8-point text in a line
+    words = [part for line in (state, *explorer.shown.lines) for part in textwrap.wrap(line, fits)]
     figure.set_size_inches(figure.get_figwidth(), figure.get_figheight() + 0.18 * len(words))
     figure.supxlabel("\n".join(words), fontsize=8, x=0.01, ha="left", color=MUTED)
     return figure

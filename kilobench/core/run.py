@@ -300,7 +300,7 @@ class RunFolder:
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
-# %% ../../nbs/core/01_run.ipynb #93a98f5f
+# %% ../../nbs/core/01_run.ipynb #c0eecebd
 def is_main() -> bool:
     "Is this the process that writes: rank 0 under torchrun, or the only one?"
     return os.environ.get("RANK", "0") == "0"
@@ -321,7 +321,11 @@ class RunRecord(RunFolder):
 
     def _note(self, **facts: Any) -> None:
         if not is_main(): return
-        with self.lock(): write_json(self.dir / "manifest.json", self.manifest | facts)
+        with self.lock(), self._editing(): write_json(self.dir / "manifest.json", self.manifest | facts)
+
+    def _editing(self) -> Any:
+        "Recipe and manifest are read, changed and written by one process at a time; held for milliseconds, by readers of a busy run too."
+        return folder_lock(self.dir / ".manifest.lock", "run folder", wait=True, children=False)
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -331,13 +335,18 @@ class RunRecord(RunFolder):
         if isinstance(said := read_json(file, 4 << 20), dict) and isinstance(said.get("later", []), list): return said
         raise UserError(f"{file}: damaged, it is no manifest; restore it or start a new run")
 
-    def _keep_manifest(self, recipe: Recipe) -> None:
-        "Write the manifest; on reopening add to `later` what has changed since."
-        now, was = circumstances(recipe), self.manifest
-        if not was: return write_json(self.dir / "manifest.json", now | {"later": []})
+    def _changed(self, now: Mapping[str, Any]) -> dict[str, Any]:
+        "What of the circumstances is not as the manifest has it; all of them when there is none yet."
+        if not (was := self.manifest): return dict(now)
         last: dict[str, Any] = functools.reduce(lambda a, b: a | b, was.get("later", []), was)
         changed = {k: v for k, v in now.items() if k not in ("time", "argv", "device") and last.get(k) != v}
         if any(last.get("device", {}).get(k) != v for k, v in now["device"].items()): changed["device"] = now["device"]
+        return changed
+
+    def _keep_manifest(self, now: Mapping[str, Any]) -> None:
+        "Write the manifest; on reopening add to `later` what has changed since."
+        was, changed = self.manifest, self._changed(now)
+        if not was: return write_json(self.dir / "manifest.json", {**now, "later": []})
         later = [*was.get("later", []), changed | {"time": now["time"], "argv": now["argv"]}]
         if changed: write_json(self.dir / "manifest.json", was | {"later": later})
 
@@ -362,7 +371,7 @@ def _check_same(found: Recipe, asked: Recipe, dir: Path) -> None:
         if len(diff) > 6: text += f", and {len(diff) - 6} more"
         raise UserError(f"{dir} holds a run of another recipe: {text}; choose another folder or the same values")
 
-# %% ../../nbs/core/01_run.ipynb #1a7b072d
+# %% ../../nbs/core/01_run.ipynb #a4531f99
 class RunOpening(RunRecord):
     "How a run comes to be: opened for a recipe, or loaded from its folder."
     def __init__(self, dir: str | Path, recipe: Recipe):
@@ -376,15 +385,23 @@ class RunOpening(RunRecord):
         A folder with another recipe, or with things that are no run, is a UserError.
         """
         run = cls(_folder(dir) if dir else default_dir(recipe), recipe)
-        if (file := run.dir / "recipe.yaml").exists(): _check_same(cls.load(run.dir).recipe, recipe, run.dir)
+        if (run.dir / "recipe.yaml").exists(): _check_same(cls.load(run.dir).recipe, recipe, run.dir)
         elif not create:
             raise UserError(f"{run.dir}: no run there; start it with `kilobench run {recipe.project} --preset {recipe.preset}`")
         elif run.dir.exists() and not _vacant(run.dir):
             raise UserError(f"{run.dir}: is not empty and holds no run; choose an empty or a new folder")
-        if is_main():
-            if not file.exists(): atomic_write(file, recipe.to_yaml())
-            run._keep_manifest(recipe)
+        else: recipe.check_paths()
+        if is_main(): run._begin()
         return run
+
+    def _begin(self) -> None:
+        "Write recipe and manifest, or add to the manifest; nothing is touched where there is nothing to add."
+        file, now = self.dir / "recipe.yaml", circumstances(self.recipe)
+        if file.exists() and not self._changed(now): return
+        with self._editing():
+            if file.exists(): _check_same(type(self).load(self.dir).recipe, self.recipe, self.dir)  # another process may have been faster
+            else: atomic_write(file, self.recipe.to_yaml())
+            self._keep_manifest(now)
 
     @classmethod
     def load(cls, dir: str | Path) -> "Run":
@@ -451,11 +468,11 @@ class Run(RunOpening):
         "Set stages back (\"*\": the whole run); what they made moves to .old/<n>/, which is returned (None: nothing was there)."
         with self.lock(): return _reset(self, stages)
 
-# %% ../../nbs/core/01_run.ipynb #e8af6edd
+# %% ../../nbs/core/01_run.ipynb #0fa26cf6
 def _reset(run: Run, stages: Sequence[str]) -> Path | None:
-    book, keep = run.book.stages, {"recipe.yaml", "manifest.json", "run.lock", ".old"}
+    book, keep = run.book.stages, {"recipe.yaml", "manifest.json", "run.lock"}
     files = {f for s in stages if s in book for f in book[s].files if not f.startswith("..")}
-    if "*" in stages: files = {p.name for p in run.dir.iterdir() if p.name not in keep}
+    if "*" in stages: files = {p.name for p in run.dir.iterdir() if p.name not in keep and not p.name.startswith(".")}
     there = [f for f in sorted(files) if f != "." and run.path(f).exists() and not any(str(p) in files for p in Path(f).parents)]
     old = run.path(".old", str(1 + max([int(p.name) for p in run.path(".old").glob("*") if p.name.isdigit()], default=0)))
     for f in there:
@@ -489,7 +506,7 @@ def _together() -> None:
 def _why_again(run: Run, entry: StageEntry) -> str:
     return f"{lost[0]} is gone" if (lost := run._lost(entry.files)) else "what it makes is another file now"
 
-# %% ../../nbs/core/01_run.ipynb #591bc024
+# %% ../../nbs/core/01_run.ipynb #0af1bc1c
 def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> Any:
     "Run a stage's function under the lock, timed, and mark it; what an interrupted attempt took is kept and added."
     import torch
@@ -508,16 +525,16 @@ def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> An
         with seeded(run.recipe.seed): value = fn(run)
         if is_main() and (lost := run._lost(relative)): raise RuntimeError(f"stage {name} ended without making {lost[0]}")
     except BaseException:
-        spent += time.perf_counter() - start - _inner.pop()
+        spent += max(0.0, time.perf_counter() - start - _inner.pop())
         with suppress(UserError): run._enter(name, seconds=spent, files=relative)  # a full disk is told by the error that is on its way
         raise
-    spent += time.perf_counter() - start - _inner.pop()
+    spent += max(0.0, time.perf_counter() - start - _inner.pop())
     run.mark(name, spent, relative)
     _together()
     _say(f"{name}: done in {_seconds(spent)}")
     return value
 
-# %% ../../nbs/core/01_run.ipynb #020d4637
+# %% ../../nbs/core/01_run.ipynb #60caeb85
 def stage(makes: Sequence[str | Path] | Callable[[Run], Sequence[str | Path]] = (), load: Callable[[Run], Any] | None = None) -> Callable:
     """Decorate a project's stage function `fn(run)`: done → says so; else locked, run, timed and marked.
 
@@ -527,10 +544,10 @@ def stage(makes: Sequence[str | Path] | Callable[[Run], Sequence[str | Path]] = 
     def wrap(fn: Callable[[Run], Any]) -> Callable[[Run], Any]:
         @functools.wraps(fn)
         def call(run: Run) -> Any:
-            start = time.perf_counter()
+            start, before = time.perf_counter(), _inner[-1] if _inner else 0.0
             try: return _stage(run, fn, makes, load)
             finally:
-                if _inner: _inner[-1] += time.perf_counter() - start
+                if _inner: _inner[-1] = before + time.perf_counter() - start  # what it loads through other stages is counted once
         call.stage_name = fn.__name__
         return call
     return wrap

@@ -108,8 +108,8 @@ def parse(kind: type[BaseModel], path: str | Path) -> Any:
         field = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path}: {field}: {first['msg']}; damaged or of another version, make it again") from e
 
-# %% ../../nbs/core/08_scorecard.ipynb #4a9c9eef
-BAD = set("lpips loss mse rmse mae l1 l2 fd leakage error errors nll ece checkerboard latency ms null undo order "
+# %% ../../nbs/core/08_scorecard.ipynb #3e8898d7
+BAD = set("lpips loss mse rmse mae l1 l2 fd leakage error errors gap nll ece checkerboard latency ms null undo order "
           "params flops size mb power memory w energy seconds".split())
 
 
@@ -400,11 +400,11 @@ class Scorecard(_Entries):
         self.write()
         raise UserError(f"{self.run.dir}: data check failed: {'; '.join(f'{c.name} ({c.detail})' if c.detail else c.name for c in bad)}")
 
-# %% ../../nbs/core/08_scorecard.ipynb #727f6ee8
+# %% ../../nbs/core/08_scorecard.ipynb #8e770a77
 WORDS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "iou": "IoU", "fd": "FD", "mse": "MSE", "mae": "MAE",
          "fg": "foreground", "readback": "read-back", "params": "parameters", "flops": "FLOPs", "speedup": "speed-up",
-         "ms": "", "mb": "", "w": "", "j": ""}
-UNITS = {"psnr": " dB", "ms": " ms", "mb": " MB", "speedup": "×", "w": " W", "j": " J"}
+         "ms": "", "seconds": "", "mb": "", "w": "", "j": ""}
+UNITS = {"psnr": " dB", "ms": " ms", "seconds": " s", "mb": " MB", "speedup": "×", "w": " W", "j": " J"}
 
 
 def label(metric: str) -> str:
@@ -690,15 +690,15 @@ by {{ b.test.margin }}{{ b.unit }}: the dashed line{{ ' at ' + b.hurdle_text if 
 {% endfor %}</tbody></table></div></section>{% endif %}
 """
 
-# %% ../../nbs/core/08_scorecard.ipynb #77a706ec
+# %% ../../nbs/core/08_scorecard.ipynb #0d950668
 TEMPLATES["more.html"] = """
 {% for row, sheet in edits.items() %}<section><h2>What if: {{ row }}</h2>
-<p class="note">Every edit was made on teacher and student alike, all else held. A dash: not measured.</p>
+{% if sheet.lines %}<p class="note">Every edit was made on teacher and student alike, all else held. A dash: not measured.</p>
 {{ open('Counterfactuals of ' + row + ' by kind of edit', 'bench') }}<thead><tr><th scope="col"></th>
 {% for kind in sheet.kinds %}<th scope="col"><b>{{ kind }}</b></th>{% endfor %}</tr></thead><tbody>
 {% for l in sheet.lines %}<tr><th scope="row">{{ l.head }}<span class="at">{{ l.way }}</span></th>
 {% for c in l.cells %}<td>{% if sheet.kinds[loop.index0] == 'overall' %}<b>{{ c }}</b>{% else %}{{ c }}{% endif %}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
+{% endfor %}</tbody></table></div>{% endif %}
 {% if sheet.facts %}<dl class="facts">{% for k, v in sheet.facts.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endif %}
 </section>{% endfor %}
 
@@ -805,7 +805,7 @@ def _ceiling_lines(report: Report) -> list[dict[str, str]]:
                         "reached": number(known.get(key), places, unit(metric)), "share": "–" if share is None else f"{share:.1%}"})
     return out
 
-# %% ../../nbs/core/08_scorecard.ipynb #7ab73574
+# %% ../../nbs/core/08_scorecard.ipynb #64bfc096
 NEUTRAL = {"items", "edits", "op", "pairs", "threshold", "gain", "teacher"}      # words of counterfactual results that have no better side
 
 
@@ -813,6 +813,7 @@ def _edit_table(kinds: Mapping[str, Mapping[str, Value]]) -> dict[str, Any]:
     """A row's counterfactuals for the page: kinds across, one line a result with its direction, and the facts that only hold overall."""
     overall, names = kinds.get("overall", {}), sorted(kinds, key=lambda k: k != "overall")
     keys = list(dict.fromkeys(k for kind, v in kinds.items() if kind != "overall" for k, x in v.items() if x is not None)) or list(overall)
+    keys = [k for k in keys if not isinstance(overall.get(k), str) or any(finite(v.get(k)) is not None for v in kinds.values())]      # what is said in words is a fact
     lines = []
     for k in keys:
         places = decimals(v.get(k) for v in kinds.values())
@@ -822,17 +823,20 @@ def _edit_table(kinds: Mapping[str, Mapping[str, Value]]) -> dict[str, Any]:
     return {"kinds": names, "lines": lines, "facts": facts}
 
 
+def _threads(n: Value) -> str: return f"{n} thread" if n == 1 else f"{n} threads"
+
+
 def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The few facts of a manifest that a reader asks for first."""
     device, libraries = (v if isinstance(v := manifest.get(k), Mapping) else {} for k in ("device", "libraries"))
     commit = str(manifest.get("commit") or "none yet")[:12] + (", with uncommitted changes" if manifest.get("dirty") else "")
-    threads = f"{device['threads']} threads" if "threads" in device else None
+    threads = _threads(device["threads"]) if "threads" in device else None
     machine = ", ".join(str(x) for x in (device.get("used"), *(device.get("gpus") or [device.get("cpu")]), threads) if x)
     facts = {"kilobench": manifest.get("kilobench"), "commit": commit, "machine": machine, "torch": libraries.get("torch"),
              "python": manifest.get("python"), "started": manifest.get("time")}
     return {k: str(v) for k, v in facts.items() if v} if manifest else {}
 
-# %% ../../nbs/core/08_scorecard.ipynb #54fd5dbf
+# %% ../../nbs/core/08_scorecard.ipynb #393c24a1
 def template(name: str) -> jinja2.Template:
     """One of the templates above, with escaping on and unknown names an error."""
     return jinja2.Environment(loader=jinja2.DictLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -844,8 +848,8 @@ def render_page(report: Report, pictures: Sequence[Mapping[str, Any]] = (), mani
     """The scorecard as one HTML file. pictures: dicts of `load_picture`; notebooks: links relative to the page; name: the run's folder."""
     hero = next((p for p in pictures if p["hero"]), None)
     rows, facts, seed = _columns(report), _made_by(manifest or {}), report.stamp.get("seed")
-    say = {"device": "{}", "threads": "{} threads"}
-    where = dict.fromkeys(", ".join(text.format(r.cost[k]) for k, text in say.items() if k in r.cost) for r in rows)
+    say = {"device": str, "threads": _threads}
+    where = dict.fromkeys(", ".join(text(r.cost[k]) for k, text in say.items() if k in r.cost) for r in rows)
     subtitle = [f"{report.preset} preset", f"run {name}" if name not in ("", report.preset) else "",
                 "" if seed is None else f"seed {seed}", facts.get("started", "")[:10]]
     return template("page.html").render(
@@ -858,7 +862,7 @@ def render_page(report: Report, pictures: Sequence[Mapping[str, Any]] = (), mani
         manifest=manifest, facts=facts, notebooks=notebooks, longest=max([*report.seconds.values(), 1e-9]),
         signs={">=": "≥", ">": ">", "<=": "≤", "<": "<", "==": "="}, exact=_exact, duration=_duration)
 
-# %% ../../nbs/core/08_scorecard.ipynb #da6c3e1f
+# %% ../../nbs/core/08_scorecard.ipynb #6360d2f8
 def load_picture(run: Run, picture: Picture, widest: int = 1800) -> dict[str, Any]:
     """A picture for `render_page`: data URI, displayed width and height, or the problem with it."""
     shown = picture.model_dump() | {"src": "", "problem": "", "wide": False}
@@ -882,7 +886,8 @@ def load_picture(run: Run, picture: Picture, widest: int = 1800) -> dict[str, An
 def page_of(run: Run, report: Report, parts: Sequence[StagePart]) -> str:
     """The page of a run: its report, the pictures of all parts, its manifest, and links to its executed notebooks."""
     pictures = [load_picture(run, p) for part in parts for p in part.pictures]
-    notebooks = sorted(p.relative_to(run.dir).as_posix() for p in run.path("notebooks").glob("*.ipynb"))
+    ended = {p.relative_to(run.dir).as_posix().replace(".partial.", ".") for p in run.path("notebooks").glob("*.ipynb")}
+    notebooks = sorted(ended)      # the one that writes this page is still under way, and will have its name when it ends
     return render_page(report, pictures, run.manifest, notebooks, run.dir.name)
 
 # %% ../../nbs/core/08_scorecard.ipynb #11efeea2
@@ -905,7 +910,7 @@ def summary_html(report: Report) -> str:
     """The criteria as a small table, for the last cell of a notebook; escaped."""
     return template("summary.html").render(r=report, exact=_exact)
 
-# %% ../../nbs/core/08_scorecard.ipynb #cf93b853
+# %% ../../nbs/core/08_scorecard.ipynb #6bded5f8
 def refuse_unlike(reports: Mapping[str, Report], allow: Sequence[str] = ("seed", "preset")) -> None:
     """UserError where two reports were not measured in the same way, naming the fields; also where a report has no stamp at all."""
     first, *others = reports.items()
@@ -913,7 +918,8 @@ def refuse_unlike(reports: Mapping[str, Report], allow: Sequence[str] = ("seed",
         if not r.stamp: raise UserError(f"{name}: the report has no protocol stamp, so it cannot be compared; evaluate the run again")
     for name, r in others:
         a, b = ({"project": x.project, **_flat_stamp(x.stamp)} for x in (first[1], r))
-        unlike = [k for k in dict.fromkeys([*a, *b]) if k not in allow and a.get(k, ...) != b.get(k, ...)]
+        bare = lambda v: "none" if isinstance(v, str) and v.startswith("none: ") else v  # not measured, for whatever reason
+        unlike = [k for k in dict.fromkeys([*a, *b]) if k not in allow and bare(a.get(k, ...)) != bare(b.get(k, ...))]
         if unlike:
             said = ", ".join(f"{k} ({a.get(k, 'absent')!r} and {b.get(k, 'absent')!r})" for k in unlike)
             raise UserError(f"{first[0]} and {name} cannot be compared, their protocols differ in {said}")

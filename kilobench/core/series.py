@@ -8,7 +8,7 @@ __all__ = ['STAGES', 'QUIET_THREADS', 'STUDENT_BYTES', 'PICTURE_BYTES', 'PICTURE
            'Watch', 'StageFailed', 'Stopped', 'execute', 'executed_copy', 'is_finished', 'run_series',
            'check_reference', 'publish_reference']
 
-# %% ../../nbs/core/12_series.ipynb #dce602ca
+# %% ../../nbs/core/12_series.ipynb #0d4b74d8
 import ast, functools, json, logging, os, re, shutil, signal, site, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 import kilobench
 
-from .recipe import Recipe, UserError, find_projects, join_overrides, load_recipe_class, nearest, parse_overrides, \
+from .recipe import Recipe, UserError, find_projects, flatten, join_overrides, load_recipe_class, nearest, parse_overrides, \
     pick_device, read_value
 from .run import Run, default_dir, notebooks_dir, outputs_dir, project_root, read_json, reference_dir
 
@@ -268,7 +268,7 @@ def _execute_all(run: Run, series: Sequence[Stage], given: Mapping[str, Mapping]
             raise
         say(f"{label}: {seconds:.1f} s")
 
-# %% ../../nbs/core/12_series.ipynb #ad3eee62
+# %% ../../nbs/core/12_series.ipynb #603a6bc0
 def run_series(project: str, preset: str = "smoke", overrides: str | Sequence[str] | Mapping[str, Any] = "", name: str = "",
                only: str | Sequence[str] = (), start: str = "", fresh: bool = False, reference: bool = False,
                parameters: Mapping[str, Any] | None = None, series: Sequence[Stage] | None = None,
@@ -281,6 +281,7 @@ def run_series(project: str, preset: str = "smoke", overrides: str | Sequence[st
     series = list(series or find_series(project))
     todo, overrides = choose(series, only, start), parse_overrides(overrides)
     recipe = load_recipe_class(project).make(preset, overrides)
+    overrides = {name: recipe.flat()[name] for name in flatten(overrides, type(recipe))}  # as this process understood them: paths absolute
     if name and not re.fullmatch(r"[\w][\w.+-]*", name): raise UserError(f"--name {name!r}: expected letters, digits, _ . + -")
     if reference: check_reference(recipe)
     if recipe.device != "auto": pick_device(recipe.device)

@@ -7,7 +7,7 @@ __all__ = ['INK', 'MUTED', 'HAIR', 'ROLE_COLOURS', 'CYCLE', 'LOOK', 'ASIDE', 'st
            'to_arrays', 'to_pil', 'diff_map', 'diff_label', 'montage', 'grid', 'strip', 'curve', 'tradeoff', 'view3d',
            'scatter3d', 'to_png', 'save_figure']
 
-# %% ../../nbs/core/09_show.ipynb #9a74a8f5
+# %% ../../nbs/core/09_show.ipynb #7e2812bf
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +22,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from PIL import Image
 
 from .recipe import UserError, nearest
@@ -193,18 +194,26 @@ def _split_columns(frame: pd.DataFrame) -> tuple[list[str], list[str]]:
     sparse = [c for c in names if c not in dense]
     return ["loss"] if len(dense) == 2 and "loss" in dense else dense, sparse      # a single term is the loss
 
-# %% ../../nbs/core/09_show.ipynb #212ff946
-def _line(ax, x: pd.Series, y: pd.Series, name: str, smooth: int, colour: str) -> None:
-    """One labelled line; a dense one is drawn pale under its running median."""
+# %% ../../nbs/core/09_show.ipynb #3bea1640
+def _line(ax, x: pd.Series, y: pd.Series, name: str, smooth: int, colour: str) -> Annotation:
+    """One labelled line, its label returned; a dense one is drawn pale under its running median."""
     keep = y.notna()
     x, y = x[keep], y[keep]
     if len(y) > 3 * smooth > 3:
         ax.plot(x, y, color=colour, alpha=0.25, lw=0.8)
         y = y.rolling(smooth, center=True, min_periods=1).median()
     ax.plot(x, y, color=colour, marker="o" if len(y) < 12 else None, ms=3)
-    ax.annotate(f" {name}", (x.iloc[-1], y.iloc[-1]), color=colour, va="center", fontsize=8, annotation_clip=False)
+    return ax.annotate(f" {name}", (x.iloc[-1], y.iloc[-1]), (0, 0), textcoords="offset points", color=colour, va="center", fontsize=8, annotation_clip=False)
 
-# %% ../../nbs/core/09_show.ipynb #5cf0da5b
+
+def _spread(ax, labels: Sequence[Annotation], gap: float = 9) -> None:
+    """Move the labels of lines that end together apart, downwards; gap in points."""
+    above = np.inf
+    for y, label in sorted(((ax.transData.transform(v.xy)[1] * 72 / ax.figure.dpi, v) for v in labels), key=lambda p: -p[0]):
+        above = min(y, above - gap)
+        label.set_position((0, above - y))
+
+# %% ../../nbs/core/09_show.ipynb #973319ec
 def curve(history: Any, losses: Sequence[str] | None = None, metrics: Sequence[str] | None = None, smooth: int = 9,
           title: str = "") -> Plot:
     """Training curves from a CSV or DataFrame: loss terms on one logarithmic panel, each metric on its own; x is the step."""
@@ -222,10 +231,10 @@ def curve(history: Any, losses: Sequence[str] | None = None, metrics: Sequence[s
         axes = fig.subplots(lines, cols, squeeze=False).flat
         for ax, names in zip_longest(axes, panels):
             if names is None: ax.set_axis_off(); continue
-            for name, colour in zip(names, CYCLE * 9):
-                _line(ax, frame["step"], frame[name], name if names is losses else "", smooth, colour)
+            labels = [_line(ax, frame["step"], frame[name], name if names is losses else "", smooth, colour) for name, colour in zip(names, CYCLE * 9)]
             if names is losses and (frame[names].min() > 0).all(): ax.set_yscale("log")
             ax.set_title("loss" if names is losses else names[0]); ax.set_xlabel("step"); ax.margins(x=0.02)
+            _spread(ax, labels)
         if title: fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig
 

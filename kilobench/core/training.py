@@ -10,7 +10,7 @@ __all__ = ['DECISIVE', 'WORD', 'mix', 'StepSampler', 'fetch', 'TensorData', 'spl
            'TensorBoard', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals', 'keep_memory',
            'make_accelerator', 'fit', 'Fitted', 'load_fitted']
 
-# %% ../../nbs/core/05_training.ipynb #091bdb79
+# %% ../../nbs/core/05_training.ipynb #f1fdf9a0
 import ctypes, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +28,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import (ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR,
+from torch.optim.lr_scheduler import (ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR,
                                       StepLR)
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
@@ -189,7 +189,13 @@ def make_optimizer(update: Update, modules: Mapping[str, nn.Module], cfg: TrainP
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
     return kind(groups, lr=groups[0]["lr"], betas=cfg.betas, weight_decay=cfg.weight_decay, fused=fused)
 
-# %% ../../nbs/core/05_training.ipynb #ad60fb5a
+# %% ../../nbs/core/05_training.ipynb #050f1a4f
+def _two_cosines(t: float, knee: float = 0.8) -> float:
+    # 1 at t = 0, ½ at the knee, 0 at 1
+    if t < knee: return 0.75 + 0.25 * math.cos(math.pi * t / knee)
+    return 0.25 + 0.25 * math.cos(math.pi * min(1.0, (t - knee) / (1 - knee)))
+
+
 def make_schedules(optimizer: torch.optim.Optimizer, cfg: TrainPart, total: int, mode: str = "max") -> list[LRScheduler]:
     """The schedulers of one optimiser over `total` updates: one to step after each, and for "plateau" a second, fed by evaluations."""
     rise, rates = round(cfg.warmup * total), [g["lr"] for g in optimizer.param_groups]
@@ -201,7 +207,7 @@ def make_schedules(optimizer: torch.optim.Optimizer, cfg: TrainPart, total: int,
     warm = [LinearLR(optimizer, start_factor=1 / 25, total_iters=rise)] if rise else []
     if cfg.schedule == "plateau": return [*(warm or [constant()]), ReduceLROnPlateau(optimizer, mode=mode, factor=0.5, patience=2)]
     rest = max(1, total - rise)
-    main = {"cosine": lambda: CosineAnnealingLR(optimizer, T_max=rest), "step": lambda: StepLR(optimizer, math.ceil(rest / 3)),
+    main = {"cosine": lambda: CosineAnnealingLR(optimizer, T_max=rest), "cosine2": lambda: LambdaLR(optimizer, lambda n: _two_cosines(n / rest)), "step": lambda: StepLR(optimizer, math.ceil(rest / 3)),
             "none": constant}[cfg.schedule]()
     return [SequentialLR(optimizer, [*warm, main], milestones=[rise])] if warm else [main]
 
@@ -715,7 +721,7 @@ class Progress(Callback):
     def on_end(self, state: FitState) -> None:
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/core/05_training.ipynb #37c08be9
+# %% ../../nbs/core/05_training.ipynb #1e306154
 class LivePlot(Callback):
     """In an interactive notebook: the loss so far, redrawn at most every `seconds`."""
 
@@ -733,16 +739,18 @@ class LivePlot(Callback):
     def draw(self, state: FitState) -> Any:
         """Draw now; returns the figure."""
         from IPython.display import display
-        from matplotlib.figure import Figure
-        fig = Figure(figsize=(6, 2.2), layout="constrained")
-        ax = fig.subplots()
-        ax.plot(*zip(*self.points))
+        from kilobench.core.show import new_figure, style
+        with style(): fig = new_figure(6, 2.2); ax = fig.subplots()
+        ax.plot(*zip(*self.points), marker="o" if len(self.points) < 12 else None, ms=3)
         positive = min(v for _, v in self.points) > 0      # a hinge generator's loss is not
         ax.set(xlabel="step", ylabel="loss", xlim=(0, state.cfg.steps), yscale="log" if positive else "linear")
         if self.handle is None: self.handle = display(fig, display_id=True)
         else: self.handle.update(fig)
         self.drawn = time.perf_counter()
         return fig
+
+    def on_end(self, state: FitState) -> None:
+        if self.on and self.handle is not None: self.draw(state)  # the last points; a training shorter than one redraw has no plot
 
 # %% ../../nbs/core/05_training.ipynb #06d6be6d
 class Strips(Callback):

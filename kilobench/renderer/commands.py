@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['find_student', 'answer', 'predict', 'data', 'check_folder', 'export', 'check']
 
-# %% ../../nbs/renderer/05_commands.ipynb #e688d46e
+# %% ../../nbs/renderer/05_commands.ipynb #195560c7
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 import typer
 from PIL import Image
 from ..core.recipe import UserError, nearest
+from ..core.cli import again
 from ..core.run import Run, atomic_path, atomic_write, newest_run, outputs_dir, reference_dir
 
-# %% ../../nbs/renderer/05_commands.ipynb #d5488b8b
+# %% ../../nbs/renderer/05_commands.ipynb #d4bf63c2
 def find_student(run: str = "", student: str = "slots") -> Path:
     """The student file of a run (folder, or name under outputs/renderer), of the newest run, or of the reference; `UserError` if there is none."""
     if student not in ("slots", "film"): raise UserError(f"--student: {nearest(student, ('slots', 'film'))}")
     if run:
         dir = next((d for d in (Path(run), outputs_dir() / "renderer" / run, outputs_dir() / run) if (d / "recipe.yaml").exists()), None)
         if dir is None: raise UserError(f"--run {run}: no such run; `kilobench list renderer` shows them")
-        if not (file := dir / "export" / f"{student}.safetensors").exists(): raise UserError(f"{dir}: holds no trained {student} student; finish it with `kilobench run renderer`")
+        if not (file := dir / "export" / f"{student}.safetensors").exists(): raise UserError(f"{dir}: holds no trained {student} student; `{again(Run.load(dir))}` goes on")
         return file
     newest: Run | None = newest_run("renderer", has=f"export/{student}.safetensors")
     shipped = [reference_dir("renderer", p) / f"{student}.safetensors" for p in ("full", "cpu")]
@@ -49,13 +51,14 @@ def answer(text: str, student: Path, scale: int = 4) -> Image.Image:
     sheet.info["psnr"] = None if teacher is None else float(psnr(drawn, teacher))
     return sheet
 
-# %% ../../nbs/renderer/05_commands.ipynb #f22c93c4
+# %% ../../nbs/renderer/05_commands.ipynb #b80a06dd
 def predict(text: Annotated[str, typer.Option(help="A caption, such as 'two small red balls left of a blue cube'; without it, captions are read from stdin, one a line.")] = "",
             out: Annotated[Path, typer.Option(help="The picture to write; with captions from stdin, the folder.")] = Path("prediction.png"),
             run: Annotated[str, typer.Option(help="The run whose student answers; default: the newest, else the reference.")] = "",
             student: Annotated[str, typer.Option(help="slots | film")] = "slots",
             scale: Annotated[int, typer.Option(min=1, max=16, help="Enlargement of the pictures.")] = 4) -> None:
     """Draw captions: teacher | student | difference."""
+    if not text and sys.stdin.isatty(): print("captions, one a line, then Ctrl-D:", file=sys.stderr)
     texts = [text] if text else [line.strip() for line in sys.stdin if line.strip()]
     if not texts: raise UserError("predict: no caption; give --text, or one caption a line on stdin")
     file = find_student(run, student)
@@ -64,13 +67,12 @@ def predict(text: Annotated[str, typer.Option(help="A caption, such as 'two smal
         path = out if text else out / f"{i:04d}-{re.sub(r'[^a-z0-9]+', '-', t.lower())[:48].strip('-')}.png"
         if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"): raise UserError(f"--out {path}: expected a picture's name, such as x.png" + ("" if text else "; captions from stdin go into a folder"))
         sheet = answer(t, file, scale)
-        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as tmp: sheet.save(tmp, format={".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(path.suffix.lower(), "PNG"))
         print(f"{path}" + (f"  {sheet.info['psnr']:.1f} dB against the teacher" if sheet.info["psnr"] is not None else ""))
 
-# %% ../../nbs/renderer/05_commands.ipynb #de82304f
+# %% ../../nbs/renderer/05_commands.ipynb #8265199a
 def data(out: Annotated[Path, typer.Option(help="Folder to write pictures and captions.jsonl into.")] = Path("scenes"),
-         n: Annotated[int, typer.Option(min=20, max=1_000_000, help="How many pictures.")] = 200,
+         n: Annotated[int, typer.Option("--n", "-n", min=20, max=1_000_000, help="How many pictures.")] = 200,
          size: Annotated[int, typer.Option(min=16, max=1024, help="Their side in pixels.")] = 64,
          seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 42,
          look: Annotated[str, typer.Option("--check", help="Look over a folder of your own instead, and say what a training would see.")] = "") -> None:
@@ -80,8 +82,9 @@ def data(out: Annotated[Path, typer.Option(help="Folder to write pictures and ca
     from kilobench.core.show import to_pil
     from kilobench.renderer.scene import STYLES, caption, random_scene
     from kilobench.renderer.teacher import render
-    if out.exists() and any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
-    out.mkdir(parents=True, exist_ok=True)
+    try: out.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror}); choose another folder") from None
+    if any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
     rng, lines = np.random.default_rng(seed), []
     for start in range(0, n, 256):
         scenes = [random_scene(rng) for _ in range(min(256, n - start))]
@@ -89,7 +92,7 @@ def data(out: Annotated[Path, typer.Option(help="Folder to write pictures and ca
             with atomic_path(out / f"{i:06d}.png") as tmp: to_pil(image).save(tmp, format="PNG")
             lines.append(json.dumps({"file": f"{i:06d}.png", "caption": caption(scene, STYLES[rng.integers(len(STYLES))])}))
     atomic_write(out / "captions.jsonl", "\n".join(lines) + "\n")
-    print(f"{out}: {n} pictures and captions.jsonl; train on it with `kilobench run renderer --preset cpu data.folder={out}`")
+    print(f"{out}: {n} pictures and captions.jsonl; train on it with `kilobench run renderer --preset cpu {shlex.quote(f'data.folder={out}')}`")
 
 # %% ../../nbs/renderer/05_commands.ipynb #d95a063b
 def check_folder(folder: Path) -> None:

@@ -142,13 +142,17 @@ def words_for(count: int, size: str, colour: str, shape: str, relation: str, oth
     if relation == "alone": return caption(Scene.of(first))
     return caption(Scene.of(replace(first, relation=relation), Group(other_shape, other_colour, "large", 1, PLACES[place])))
 
-# %% ../../nbs/renderer/04_counterfactual.ipynb #5f823a25
-def explorer(ask: Callable[[str], Tensor] | None, size: int = 64, needs: str = "") -> Explorer:
-    """Drop-downs and a text field; teacher, student and difference follow. `ask`: caption → [3, H, W]; without it `needs` says what to do."""
+# %% ../../nbs/renderer/04_counterfactual.ipynb #158ce532
+def explorer(ask: Callable[[str], Tensor] | None, size: int = 64, needs: str = "", own: str = "") -> Explorer:
+    """Drop-downs and a text field; teacher, student and difference follow. `ask`: caption → [3, H, W]; without it `needs` says what to do.
+
+    `own`: a caption to begin with, of pictures of your own; nobody draws those but the student, so the text field is all there is."""
+    if own: return Explorer({"say": own}, lambda say: {"student": ask(say)}, needs=needs, title="Say a picture")
     def draw(say: str, **words: Any) -> dict[str, Any]:
         text = say.strip() or words_for(**words)
         teacher, student = render([parse(text)], size)[0], ask(text)
-        return {"teacher": teacher, "student": student, "difference ×4": diff_map(teacher, student), "caption": text}
+        return {"teacher": teacher, "student": student, "difference ×4": diff_map(teacher, student),
+                "as typed (empty the field, and the choices count again)" if say.strip() else "caption": text}
 
     controls = {"count": [1, 2, 3, 4], "size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES), "relation": [*RELATIONS, "alone"],
                 "other_colour": list(COLOURS[::-1]), "other_shape": list(SHAPES[::-1]), "place": list(sorted(PLACES, key=lambda p: p != "centre")), "say": ""}

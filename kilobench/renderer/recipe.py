@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PRESETS', 'DataPart', 'SlotsPart', 'FilmPart', 'LossPart', 'RendererRecipe']
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #ec226c07
+# %% ../../nbs/renderer/00a_recipe.ipynb #f8dd8c1d
 from typing import Any, ClassVar
 from pydantic import Field
-from ..core.recipe import Part, Recipe, TrainPart
+from ..core.recipe import Part, PathText, Recipe, TrainPart
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #6f74486b
+# %% ../../nbs/renderer/00a_recipe.ipynb #ae41230d
 class DataPart(Part):
     """What is drawn, and what is held out of training."""
     n: int = Field(6000, ge=200, description="items in all splits together")
@@ -18,7 +18,7 @@ class DataPart(Part):
     eval_share: float = Field(0.04, ge=0.01, le=0.1, description="share of n for validation, and for each of the five test splits")
     held_out: float = Field(0.25, ge=0, le=0.6, description="share of shape×colour and of colour×relation pairs kept out of training")
     wordings: int = Field(4, ge=1, le=24, description="captions of each training scene")
-    folder: str = Field("", description="folder with images and captions.jsonl of your own; empty: draw scenes")
+    folder: PathText = Field("", description="folder with images and captions.jsonl of your own; empty: draw scenes")
 
 # %% ../../nbs/renderer/00a_recipe.ipynb #e0558cc5
 class SlotsPart(Part):
