@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PathText', 'UserError', 'nearest', 'Part', 'TrainPart', 'leaves', 'type_text', 'expected', 'flatten', 'read_value',
            'split_words', 'parse_overrides', 'join_overrides', 'build', 'flat', 'read_yaml', 'Written', 'Recipe',
-           'find_projects', 'load_recipe_class', 'pick_device', 'seed_everything', 'seeded']
+           'find_projects', 'load_recipe_class', 'pick_device', 'numba_threads', 'seed_everything', 'seeded']
 
 # %% ../../nbs/core/00_recipe.ipynb #c840d04a
 import difflib, hashlib, importlib, json, os, random, re
@@ -374,6 +374,16 @@ def pick_device(name: str = "auto") -> "torch.device":
         raise UserError(f"device: {name} was asked for, and this machine has {', '.join(valid[1:])}; choose one of these or auto")
     if name == "auto": name = "cuda" if n else "mps" if mps else "cpu"
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % n) if name == "cuda" else torch.device(name)
+
+# %% ../../nbs/core/00_recipe.ipynb #e4db2436
+def numba_threads(at_most: int = 0) -> int:
+    "Let numba use as many threads as torch, no more than `at_most` (0: no limit); returns how many. Call it before each compiled parallel loop."
+    import numba, torch
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, numba.config.NUMBA_NUM_THREADS, at_most or threads))
+    numba.set_num_threads(workers)
+    if torch.get_num_threads() != threads: torch.set_num_threads(threads)
+    return workers
 
 # %% ../../nbs/core/00_recipe.ipynb #31ea9002
 def seed_everything(seed: int) -> None:

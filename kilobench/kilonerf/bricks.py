@@ -8,18 +8,18 @@ __all__ = ['BLOCK', 'ROUND', 'MAKER', 'PALETTE', 'PITCH', 'PLATE', 'STUD_RADIUS'
            'patch_colours', 'Cover', 'pixel_at', 'cover_patches', 'model_splats', 'scene_poses', 'SceneReport',
            'write_scene']
 
-# %% ../../nbs/kilonerf/00e_bricks.ipynb #46b9fbe5
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #fa1f87f7
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
-import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
@@ -280,14 +280,12 @@ def _shine(nx, ny, nz, vx, vy, vz, gloss, sun, open_):
     high = 0.30 * max(0.0, nh) ** 16 * sun * min(1.0, 4 * max(0.0, ns))          # fades out where the sun grazes
     return gloss * (high + 0.16 * (1 - nv) ** 3 * open_ * max(0.0, 0.6 + 0.4 * (2 * nv * nz - vz)))
 
-# %% ../../nbs/kilonerf/00e_bricks.ipynb #024679f4
-@njit(cache=True, error_model="numpy", parallel=True)
-def _expose(scene, look, c2w, lens, stride, out):
-    """Fill out [≥ 4, H, W] with one ray a pixel: r, g, b, hit, and where there is room: distance, normal (3), sun, open, shine. Rows in strides, so that threads share the busy middle."""
-    H, W = out.shape[1], out.shape[2]
-    for row in prange(H):
-        i = row * stride % H
-        for j in range(W):
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #82e5a6c6
+@njit(cache=True, error_model="numpy", nogil=True)
+def _expose(scene, look, c2w, lens, first, step, out):
+    """Fill every step-th row of out [≥ 4, H, W] with one ray a pixel: r, g, b, hit, and where there is room: distance, normal (3), sun, open, shine."""
+    for i in range(first, out.shape[1], step):
+        for j in range(out.shape[2]):
             u, v = (j + 0.5 - lens[2]) / lens[0], -(i + 0.5 - lens[3]) / lens[1]
             k = 1 / math.sqrt(u * u + v * v + 1)
             dx, dy, dz = (c2w[0, 0] * u + c2w[0, 1] * v - c2w[0, 2]) * k, (c2w[1, 0] * u + c2w[1, 1] * v - c2w[1, 2]) * k, (c2w[2, 0] * u + c2w[2, 1] * v - c2w[2, 2]) * k
@@ -301,15 +299,13 @@ def _expose(scene, look, c2w, lens, stride, out):
             if len(out) > 4: out[4, i, j], out[5, i, j], out[6, i, j], out[7, i, j], out[8, i, j], out[9, i, j], out[10, i, j] = t, nx, ny, nz, sun, open_, add
 
 
-def _threads() -> None: numba.set_num_threads(max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-
-
 def _exposed(model: BrickModel, camera: Camera, n: int, pad: int, channels: int) -> Tensor:
-    """[channels, n·height + 2·pad, n·width + 2·pad]: n × n rays a pixel, and `pad` rows and columns more on each side."""
-    out = np.zeros((channels, n * camera.height + 2 * pad, n * camera.width + 2 * pad), np.float32)
-    stride = next(s for s in range(max(1, int(0.618 * out.shape[1])), 2 * out.shape[1] + 1) if math.gcd(s, out.shape[1]) == 1)
-    _threads()
-    _expose(model.scene, _look(model), np.ascontiguousarray(camera.c2w), np.array([n * camera.fx, n * camera.fy, n * camera.cx + pad, n * camera.cy + pad], float), stride, out)
+    """[channels, n·height + 2·pad, n·width + 2·pad]: n × n rays a pixel, and `pad` rows and columns more on each side; torch's number of threads, rows dealt out one by one."""
+    out, workers = np.zeros((channels, n * camera.height + 2 * pad, n * camera.width + 2 * pad), np.float32), torch.get_num_threads()
+    lens = np.array([n * camera.fx, n * camera.fy, n * camera.cx + pad, n * camera.cy + pad], float)
+    scene, look = model.scene, _look(model)
+    rows = lambda k: _expose(scene, look, np.ascontiguousarray(camera.c2w), lens, k, workers, out)
+    with ThreadPoolExecutor(workers) as pool: list(pool.map(rows, range(workers)))
     return torch.from_numpy(out)
 
 # %% ../../nbs/kilonerf/00e_bricks.ipynb #95ea90e7
@@ -328,22 +324,22 @@ def layers(model: BrickModel, camera: Camera) -> dict[str, Tensor]:
     x = _exposed(model, camera, 1, 0, 11)
     return {"colour": x[:3], "hit": x[3:4], "distance": x[4:5], "normal": x[5:8], "sun": x[8:9], "open": x[9:10], "shine": x[10:11]}
 
-# %% ../../nbs/kilonerf/00e_bricks.ipynb #ad67f13c
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #38f8b4e0
 PALETTE = {"white": (0.90, 0.90, 0.88), "black": (0.045, 0.045, 0.05), "grey": (0.66, 0.67, 0.67), "slate": (0.36, 0.38, 0.41), "red": (0.84, 0.09, 0.08), "maroon": (0.60, 0.13, 0.12),
            "orange": (0.93, 0.42, 0.05), "yellow": (0.96, 0.75, 0.06), "green": (0.20, 0.58, 0.22), "leaf": (0.45, 0.74, 0.20), "teal": (0.10, 0.60, 0.58), "blue": (0.08, 0.30, 0.74),
            "sea": (0.10, 0.50, 0.74), "deep": (0.05, 0.27, 0.50), "sand": (0.90, 0.80, 0.60), "wood": (0.60, 0.37, 0.20), "brown": (0.36, 0.20, 0.11)}
-PITCH = 0.09                                             # scene units from stud to stud
+PITCH = 0.09                                             # scene units from stud to stud, unless a builder says otherwise
 PLATE, STUD_RADIUS, STUD_HEIGHT = 0.4, 0.3, 0.2          # in pitches
 
 
 class Lattice:
     """The stud lattice, centred in x and y, and straight pieces on it: x, y, widths in studs, z and heights in plates, colours by name."""
-    def __init__(self, width: float, depth: float, floor: float = -0.52):
-        self.origin, self.rows, self.studs = np.array([-width / 2 * PITCH, -depth / 2 * PITCH, floor]), [], []
+    def __init__(self, width: float, depth: float, floor: float = -0.52, pitch: float = PITCH):
+        self.origin, self.pitch, self.rows, self.studs = np.array([-width / 2 * pitch, -depth / 2 * pitch, floor]), pitch, [], []
 
     def at(self, x: float, y: float, z: float) -> np.ndarray:
         """A lattice point in scene units."""
-        return self.origin + np.array([x, y, z * PLATE]) * PITCH
+        return self.origin + np.array([x, y, z * PLATE]) * self.pitch
 
     def _add(self, kind: int, shape: Sequence[float], colour: str, gloss: float, seam: float, part: str) -> None:
         if colour not in PALETTE: raise UserError(f"brick colour: {nearest(colour, PALETTE)}")
@@ -368,7 +364,7 @@ class Lattice:
         n /= np.linalg.norm(n)
         self.smooth(x, y, z, w, d, h, colour, plane=(*n, n @ self.at(x + w * (sign > 0), y + d * (sign > 0), z + (h - lip if under else lip))), part="slope")
 
-# %% ../../nbs/kilonerf/00e_bricks.ipynb #48b0275c
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #2270482f
 class Bricks(Lattice):
     """The builder: straight and round pieces, layers, walls; `build()` gives a BrickModel."""
     def rod(self, a: Sequence[float], b: Sequence[float], radius: float, colour: str, top: float | None = None, gloss: float = 1.0, seam: float = 0.0, part: str = "rod") -> None:
@@ -377,7 +373,7 @@ class Bricks(Lattice):
         length = np.linalg.norm(q - p)
         if not length > 0 or min(radius, top) < 0 or not radius + top > 0:
             raise UserError(f"{part} from {tuple(a)} to {tuple(b)} of radius {radius} to {top}: expected two different points and radii of 0 or more, one above 0")
-        self._add(ROUND, [*p, *((q - p) / length), length, radius * PITCH, (top - radius) * PITCH / length, 0], colour, gloss, seam, part)
+        self._add(ROUND, [*p, *((q - p) / length), length, radius * self.pitch, (top - radius) * self.pitch / length, 0], colour, gloss, seam, part)
 
     def round(self, x: float, y: float, z: float, radius: float, h: float, colour: str, top: float | None = None, gloss: float = 1.0) -> None:
         """An upright round brick or cone around (x, y), radius in studs at its foot and `top` at its head, h plates high."""
@@ -407,7 +403,7 @@ class Bricks(Lattice):
         rows, ring = list(self.rows), STUD_RADIUS * np.array([(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)])
         probes = np.array([self.at(x + dx, y + dy, z + 0.5 * STUD_HEIGHT / PLATE) for x, y, z, _ in self.studs for dx, dy in ring]).reshape(-1, 3)
         free = (model(rows).solid(probes).reshape(-1, len(ring)) < 0).all(1)
-        studs = Bricks(0, 0)
+        studs = Bricks(0, 0, pitch=self.pitch)
         studs.origin = self.origin
         for x, y, z, colour in (s for s, f in zip(self.studs, free) if f): studs.rod((x, y, z), (x, y, z + STUD_HEIGHT / PLATE), STUD_RADIUS, colour, seam=0.6, part="stud")
         return model(rows + studs.rows)
@@ -524,7 +520,7 @@ def _lorry(b: Bricks) -> None:
     for k in range(3): b.smooth(x + 2.1, y + 0.35 + 0.45 * k, z + 3.2, 3.4, 0.4, 0.7, "sand")
     for k in range(2): b.smooth(x + 2.3, y + 0.55 + 0.45 * k, z + 3.9, 3.2, 0.4, 0.7, "wood")
 
-# %% ../../nbs/kilonerf/00e_bricks.ipynb #d82705b9
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #dea23295
 def _trimmings(b: Bricks) -> None:
     """Pier, trees, fence, flag, barrels, crates, lamps and a buoy."""
     for k in range(6): b.smooth(19, 2 + k, 5, 2, 0.85, 0.6, "wood")
@@ -545,15 +541,16 @@ def _trimmings(b: Bricks) -> None:
     b.round(9, 4, 2, 0.6, 1.5, "red", 0.5); b.round(9, 4, 3.5, 0.5, 1, "white", 0.35); b.rod((9, 4, 4.5), (9, 4, 7), 0.07, "black")
 
 
-MODELS: dict[str, tuple[float, float, tuple[Callable[[Bricks], None], ...]]] = {
-    "harbour": (22, 18, (_ground, _lighthouse, _house, _crane, _boat, _lorry, _trimmings)), "boat": (27, 8, (_boat,))}     # name: studs wide, studs deep, its parts
+MODELS: dict[str, tuple[dict[str, float], tuple[Callable[[Bricks], None], ...]]] = {      # name: the lattice, and what stands on it
+    "harbour": ({"width": 22, "depth": 18}, (_ground, _lighthouse, _house, _crane, _boat, _lorry, _trimmings)),
+    "boat": ({"width": 27, "depth": 8, "floor": -0.9, "pitch": 0.25}, (_boat,))}
 
 
 def default_model(variant: str = "harbour") -> BrickModel:
     """A model by name, one of MODELS."""
     if variant not in MODELS: raise UserError(f"brick model: {nearest(variant, MODELS)}")
-    width, depth, parts = MODELS[variant]
-    b = Bricks(width, depth)
+    lattice, parts = MODELS[variant]
+    b = Bricks(**lattice)
     for part in parts: part(b)
     return b.build()
 
@@ -868,7 +865,7 @@ def model_splats(model: BrickModel, n: int = 40_000, degree: int = 3, seed: int 
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     return cover_patches(cells, patch_colours(model, cells, degree), size=size).select(order)
 
-# %% ../../nbs/kilonerf/00e_bricks.ipynb #8a274445
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #79da0c43
 COUNTS = {"train": 100, "val": 100, "test": 200}
 
 
@@ -879,7 +876,7 @@ def scene_poses(counts: Mapping[str, int] = COUNTS, size: int = 200, seed: int =
         out[split] = random_poses(counts.get(split, 0), seed + 1000 * i, elevation=(-4.0, 85.0), avoid=sum(out.values(), []), min_angle=1.05, size=size)
     return {s: out[s] for s in ("train", "val", "test") if out[s]}
 
-
+# %% ../../nbs/kilonerf/00e_bricks.ipynb #39ec99e3
 def _whole(file: Path, size: int) -> bool | None:
     """Is this PNG there as a decodable RGBA of size × size? None where there is no file."""
     if not file.is_file(): return None

@@ -7,7 +7,7 @@ __all__ = ['SPLITS', 'MAKER', 'photograph_files', 'ply_of', 'scene_folder', 'mak
            'answers', 'z_score', 'RaySet', 'SceneData', 'teacher_poses', 'frame_shards', 'ray_shards', 'teacher_rays',
            'photo_rays', 'check_data', 'check_photos', 'cache_of', 'load_data', 'data']
 
-# %% ../../nbs/kilonerf/00_data.ipynb #bb9e7b8c
+# %% ../../nbs/kilonerf/00_data.ipynb #fe2ae263
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from ..core.recipe import UserError
 from ..core.run import Run, stage
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
-from .bricks import default_model, model_splats, write_scene
+from .bricks import MAKER as BRICKS, default_model, model_splats, write_scene
 from .cameras import FOV, RADIUS, Camera, from_fov, pose_leaks, random_poses, rays, read_rgba, read_transforms, test_path
 from .doctor import diagnose
 from .rasteriser import Frame, over, render_splats
@@ -52,10 +52,10 @@ def ply_of(part: ScenePart) -> Path:
         raise UserError(f"{ply}: no such file; a scene needs its Gaussians: give scene.ply, or train them with `kilobench teacher kilonerf --photos {part.folder or 'DIR'}` (CUDA)")
     return ply
 
-# %% ../../nbs/kilonerf/00_data.ipynb #a4550068
+# %% ../../nbs/kilonerf/00_data.ipynb #811b56e7
 def scene_folder(run: Run) -> Path:
     """Where transforms, photographs and point_cloud.ply lie: in the folder of one's own, or in the cache of the brick model."""
-    return Path(run.recipe.scene.folder) if run.recipe.scene.folder else run.cache("scene", "scene", extra={"maker": MAKER})
+    return Path(run.recipe.scene.folder) if run.recipe.scene.folder else run.cache("scene", "scene", extra={"maker": BRICKS})
 
 
 def make_scene(run: Run) -> None:
@@ -245,10 +245,10 @@ def check_photos(card: Scorecard, made: SceneData, white: Tensor) -> None:
     card.check("teacher and photographs are aligned", not found, "; ".join(f"{f.name}: {f.evidence}" for f in found) or f"the doctor found nothing in {len(some)} views")
     card.ceiling("psnr/photo", own, "the teacher's own PSNR against the test photographs")
 
-# %% ../../nbs/kilonerf/00_data.ipynb #e457281d
+# %% ../../nbs/kilonerf/00_data.ipynb #1910a676
 def cache_of(run: Run) -> Path:
     """Where photographs, frames and rays of this recipe are cached: a key over the recipe's parts and the files of a scene of one's own."""
-    part, extra = run.recipe.scene, {"maker": MAKER}
+    part, extra = run.recipe.scene, {"maker": MAKER, "bricks": BRICKS}
     if part.folder or part.ply: extra["splats"] = hashlib.sha256(ply_of(part).read_bytes()).hexdigest()
     if part.folder: extra["folder"] = hashlib.sha256(repr(photograph_files(Path(part.folder))).encode()).hexdigest()
     return run.cache("teacher", "scene", "teacher", extra=extra)

@@ -6,9 +6,8 @@
 __all__ = ['PAD_LIMIT', 'ROWS', 'LANES', 'BLOCK', 'CHUNK', 'GROUPS', 'BACKENDS', 'ACTIVATIONS', 'sort_by_cell', 'grouped_linear',
            'grouped_mlp']
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #77247b25
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #d18823e8
 from collections.abc import Sequence
-import numba
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from ..core.recipe import UserError, nearest
+from ..core.recipe import UserError, nearest, numba_threads
 
 # %% ../../nbs/kilonerf/01a_grouped.ipynb #5fe7d49b
 _FAST = dict(cache=True, error_model="numpy", nogil=True)
@@ -204,14 +203,10 @@ def _tasks(offsets: Tensor) -> tuple[np.ndarray, Tensor]:
     tasks = np.stack([net, first, np.minimum(first + CHUNK, o[net + 1]), np.where(split, n - 1 + np.cumsum(split), net)], 1)
     return np.ascontiguousarray(tasks, dtype=np.int64), torch.from_numpy(net[split])
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #dca3c2b3
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #bc1a4ae7
 def _workers(work: int) -> int:
-    """Threads for a job of so many multiply-adds: no more than torch's own, one for each half million."""
-    threads = torch.get_num_threads()
-    workers = max(1, min(threads, numba.config.NUMBA_NUM_THREADS, work >> 19))
-    numba.set_num_threads(workers)
-    if torch.get_num_threads() != threads: torch.set_num_threads(threads)
-    return workers
+    """Threads for a job of so many multiply-adds: one for each half million, no more than torch's own."""
+    return numba_threads(max(1, work >> 19))
 
 # %% ../../nbs/kilonerf/01a_grouped.ipynb #03fe821e
 @njit(parallel=True, **_FAST)

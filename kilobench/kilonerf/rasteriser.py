@@ -6,17 +6,16 @@
 __all__ = ['TILE', 'NEAR', 'LOWPASS', 'SLOPE', 'MAX_ALPHA', 'MIN_ALPHA', 'MIN_T', 'FLIP', 'BACKENDS', 'Footprints', 'project',
            'tile_lists', 'Frame', 'over', 'pick_backend', 'render_splats', 'render_many']
 
-# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #04cbb7d8
+# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #67248566
 import importlib.util
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from torch import Tensor
-from ..core.recipe import UserError, nearest
+from ..core.recipe import UserError, nearest, numba_threads
 from .splats import Splats, sh_colour
 
 # %% ../../nbs/kilonerf/00b_rasteriser.ipynb #970f23b6
@@ -96,19 +95,13 @@ class Footprints(NamedTuple):
     z: np.ndarray
     tiles: np.ndarray
 
-# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #d19f26ca
+# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #de1e1c97
 FLIP = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenGL camera axes (y up, z backward) to those of pixels (y down, z forward)
-
-
-def _threads() -> int:
-    """Let numba use as many threads as torch does; returns how many."""
-    numba.set_num_threads(n := max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)))
-    return n
 
 
 def project(splats: Splats, camera: Any) -> Footprints:
     """Every Gaussian's ellipse in the camera's picture, by 3DGS's rules; a splat that is not a number is a UserError that names it."""
-    _threads()
+    numba_threads()
     N, (nx, ny) = splats.n, (-(-camera.width // TILE), -(-camera.height // TILE))
     view = FLIP @ np.asarray(camera.w2c, np.float64)
     extra = (SLOPE - 1) * 0.5 * camera.width / camera.fx, (SLOPE - 1) * 0.5 * camera.height / camera.fy  # a centred picture ends at tan(fov/2) = width/2fx
@@ -152,7 +145,7 @@ def _deal(order, centre, form, tiles, nx, at, ids):
                 if len(ids): ids[at[row * nx + column]] = i
                 at[row * nx + column] += 1
 
-# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #8004ee6a
+# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #f670af0c
 @njit(cache=_CACHE, parallel=True, error_model="numpy")
 def _deal_all(order, centre, form, tiles, nx, counts, ids):
     """`_deal` for every chunk of the depth order at once."""
@@ -164,7 +157,7 @@ def _deal_all(order, centre, form, tiles, nx, counts, ids):
 def tile_lists(f: Footprints, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """(offsets int64 [tiles + 1], ids int32): the Gaussians of tile (row·columns + column) are ids[offsets[tile]:offsets[tile + 1]], near to far."""
     nx, ny = -(-width // TILE), -(-height // TILE)
-    counts = np.zeros((4 * _threads(), nx * ny), np.int64)
+    counts = np.zeros((4 * numba_threads(), nx * ny), np.int64)
     _deal_all(f.order, f.centre, f.form, f.tiles, nx, counts, np.empty(0, np.int32))
     ends = counts.T.cumsum()
     starts = np.ascontiguousarray((ends.reshape(nx * ny, -1) - counts.T).T)  # [chunks, tiles]: where each chunk begins to write in each tile's list
@@ -341,7 +334,7 @@ def _shade_all(order, means, sh, K, eye, z, values):
             _shade(means[i], sh[i], K, eye, basis, values[i])
             values[i, 3], values[i, 4] = 1, z[i]
 
-# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #92580e80
+# %% ../../nbs/kilonerf/00b_rasteriser.ipynb #93701cc2
 def _sh_count(splats: Splats, sh_degree: int | None) -> int:
     """How many SH coefficients sh_degree keeps (None: all)."""
     if sh_degree is not None and sh_degree not in range(splats.degree + 1):
@@ -360,7 +353,7 @@ def _render_cpu(splats: Splats, camera: Any, features: Tensor | None, sh_degree:
     out = np.empty((5 + feats.shape[1], camera.height, camera.width), np.float32)
     lens = np.array([camera.cx, camera.cy, camera.fx, camera.fy], np.float64)
     work = np.argsort(-np.diff(offsets), kind="stable")
-    _raster(offsets, ids, f.centre, f.form, values, feats, work, 4 * _threads(), lens, out)
+    _raster(offsets, ids, f.centre, f.form, values, feats, work, 4 * numba_threads(), lens, out)
     rgb, alpha, depth, feature = torch.from_numpy(out).to(splats.means.device).split([3, 1, 1, len(out) - 5])
     return Frame(rgb, alpha, depth, None if features is None else feature)
 

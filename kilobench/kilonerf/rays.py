@@ -8,20 +8,19 @@ __all__ = ['MAX_RESOLUTION', 'OPAQUE', 'FAINT', 'ADD', 'COUNT', 'LIST', 'MAX_STE
            'over_page', 'render_waves', 'SplatField', 'splat_field', 'blurred', 'equal_points', 'boundary_mask',
            'visual_hull']
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #a78893e7
+# %% ../../nbs/kilonerf/01b_rays.ipynb #9dec8932
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
-import numba
 import numpy as np
 import torch
 from numba import njit, prange
 from scipy.ndimage import distance_transform_cdt
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from ..core.recipe import UserError
+from ..core.recipe import UserError, numba_threads
 from .cameras import Camera
 from .splats import Splats, sh_basis
 
@@ -201,20 +200,13 @@ def _visit(mean, whiten, reach, depth, low, cell, most, mode, amount, number, it
                             if mode == LIST: items[number[x, y, z]] = i
                             number[x, y, z] += 1
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #48816d54
-def _threads() -> int:
-    """As many numba threads as torch has; set, and returned."""
-    n = max(1, min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-    numba.set_num_threads(n)
-    return n
-
-
+# %% ../../nbs/kilonerf/01b_rays.ipynb #45b78f46
 def cell_depth(splats: Splats, box: Tensor, resolution: int, floor: float = 0.0, sigmas: float = 3.0) -> Tensor:
     """[X, Y, Z] float32: the optical depth that a ray through each cell of the box could meet at most; scales raised to `floor` (world units), Gaussians cut at `sigmas`."""
     box = _checked_box(box, "cell_depth")
     shape, (b, _) = grid_shape(box, resolution), _bodies(splats, floor, sigmas)
     amount, cell = np.zeros(shape, np.float32), ((box[1] - box[0]) / torch.tensor(shape)).numpy()
-    _visit(b.mean, b.whiten, b.reach, b.depth, box[0].numpy(), cell, np.float32(sigmas ** 2), ADD, amount, np.zeros((1, 1, 1), np.int64), np.zeros(1, np.int32), _threads())
+    _visit(b.mean, b.whiten, b.reach, b.depth, box[0].numpy(), cell, np.float32(sigmas ** 2), ADD, amount, np.zeros((1, 1, 1), np.int64), np.zeros(1, np.int32), numba_threads())
     return torch.from_numpy(amount)
 
 # %% ../../nbs/kilonerf/01b_rays.ipynb #0356771e
@@ -315,7 +307,7 @@ def _march_torch(o: Tensor, d: Tensor, occ: Occupancy, step: float, offset: Tens
     ray, t = (torch.cat(x) for x in zip(*found)) if found else (torch.zeros(0, dtype=torch.long, device=o.device), torch.zeros(0, device=o.device))
     return Samples(ray, t, torch.searchsorted(ray, torch.arange(R + 1, device=o.device)), after)
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #10185a9f
+# %% ../../nbs/kilonerf/01b_rays.ipynb #6bf395d3
 def march(origins: Tensor, directions: Tensor, occupancy: Occupancy, step: float, offset: Tensor | float = 0.5, limit: int = 0,
           start: Tensor | None = None, backend: str = "auto") -> Samples:
     """Samples of rays (origins, unit directions [R, 3]) in occupied cells, `step` apart (world units): sample k lies (k + offset)·step behind the ray's entry into the box.
@@ -343,7 +335,7 @@ def _march_cpu(o: Tensor, d: Tensor, occ: Occupancy, step: float, offset: Tensor
     count, first, after = np.zeros(R, np.int64), np.zeros(R + 1, np.int64), np.full(R, -1, np.int64)
     ray, t = np.empty(0, np.int64), np.empty(0, np.float32)
     given = (o.numpy(), d.numpy(), occ.box[0].numpy(), occ.box[1].numpy(), occ.cell.numpy(), occ.distance.numpy(), np.float32(step), offset.contiguous().numpy(), start.contiguous().numpy(), limit, longest)
-    _march(*given, False, first, count, after, ray, t, threads := _threads())
+    _march(*given, False, first, count, after, ray, t, threads := numba_threads())
     np.cumsum(count, out=first[1:])
     if first[-1] > MAX_SAMPLES: raise UserError(f"march: {first[-1]:,} samples on {R:,} rays; march fewer rays at a time, or set a limit")
     ray, t = np.empty(first[-1], np.int64), np.empty(first[-1], np.float32)
@@ -388,7 +380,7 @@ def _composite_back(values, t, first, step, alpha, depth, weight, through, g_val
                     g_sigma[i] = step * (through[i] * G - behind)
                     behind += weight[i] * G
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #0d6cc56f
+# %% ../../nbs/kilonerf/01b_rays.ipynb #1e3e72dc
 class Composite(NamedTuple):
     """What R rays gather: value [R, C] = Σ w v, alpha [R] = Σ w, depth [R] = Σ w t / max(alpha, 1e-6), weights w [M]."""
     value: Tensor
@@ -403,7 +395,7 @@ class _Compositing(torch.autograd.Function):
         R, kind = len(first) - 1, sigma.dtype
         new = lambda *shape: torch.zeros(*shape, dtype=kind)
         out, through, step = (new(R, values.shape[1]), new(R), new(R), new(len(t))), new(len(t)), sigma.numpy().dtype.type(step)
-        _composite(sigma.numpy(), values.numpy(), t.numpy(), first.numpy(), step, *(x.numpy() for x in (*out, through)), _threads())
+        _composite(sigma.numpy(), values.numpy(), t.numpy(), first.numpy(), step, *(x.numpy() for x in (*out, through)), numba_threads())
         ctx.save_for_backward(values, t, first, out[1], out[2], out[3], through)
         ctx.step = step
         return out
@@ -413,7 +405,7 @@ class _Compositing(torch.autograd.Function):
     def backward(ctx, *grads):
         values, t, first, *rest = ctx.saved_tensors
         g_sigma, g_values = torch.empty_like(t), torch.empty_like(values)
-        _composite_back(values.numpy(), t.numpy(), first.numpy(), ctx.step, *(x.numpy() for x in rest), *(g.contiguous().numpy() for g in grads), g_sigma.numpy(), g_values.numpy(), _threads())
+        _composite_back(values.numpy(), t.numpy(), first.numpy(), ctx.step, *(x.numpy() for x in rest), *(g.contiguous().numpy() for g in grads), g_sigma.numpy(), g_values.numpy(), numba_threads())
         return g_sigma, g_values, None, None, None
 
 # %% ../../nbs/kilonerf/01b_rays.ipynb #8ee37c4a
@@ -468,7 +460,7 @@ def render_waves(field: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], origi
         alive, start = alive[on], s.next[on]
     return value, alpha, far / alpha.clamp(min=EPS), asked
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #c4fcc948
+# %% ../../nbs/kilonerf/01b_rays.ipynb #05c21377
 MAX_ENTRIES = 1 << 27  # entries of all lists together, 0.5 GB
 CUT = 3.0              # standard deviations at which a Gaussian ends
 
@@ -491,13 +483,13 @@ def _index(splats: Splats, box: Tensor, resolution: int, floor: float) -> _Index
         shape = grid_shape(box, resolution)
         low, cell, number, most = box[0].numpy(), ((box[1] - box[0]) / torch.tensor(shape)).numpy(), np.zeros(shape, np.int64), np.float32(CUT ** 2)
         given, empty = (b.mean, b.whiten, b.reach, b.depth, low, cell, most), (np.zeros((1, 1, 1), np.float32), np.zeros(1, np.int32))
-        _visit(*given, COUNT, empty[0], number, empty[1], _threads())
+        _visit(*given, COUNT, empty[0], number, empty[1], numba_threads())
         first = np.concatenate([[0], number.ravel().cumsum()])
         if first[-1] <= MAX_ENTRIES: break
         if resolution <= 4: raise UserError(f"splat_field: {b.mean.shape[0]:,} Gaussians overlap everywhere ({first[-1]:,} list entries at {resolution} voxels); prune the largest")
         resolution //= 2
     items, number = np.empty(max(1, first[-1]), np.int32), first[:-1].reshape(shape).copy()
-    _visit(*given, LIST, empty[0], number, items, _threads())
+    _visit(*given, LIST, empty[0], number, items, numba_threads())
     return _Index(low, cell, np.array(shape), first, items, b, np.ascontiguousarray(kept.sh.detach().numpy()))
 
 # %% ../../nbs/kilonerf/01b_rays.ipynb #26f92d59
@@ -528,7 +520,7 @@ def _query(x, basis, low, cell, shape, first, items, mean, whiten, opacity, scal
                     alpha[p] = -np.expm1(-total * step)
                     rgb[p, 0], rgb[p, 1], rgb[p, 2] = red / total, green / total, blue / total
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #d62c81e7
+# %% ../../nbs/kilonerf/01b_rays.ipynb #0a376bfb
 class SplatField:
     """Gaussians as a volume: query(x, d, step) → (alpha, rgb). Defined everywhere; empty outside `box`, which holds every Gaussian but outliers (`tight_box`)."""
 
@@ -551,7 +543,7 @@ class SplatField:
         ix, (px, pd) = self.index(step), (v.detach().float().cpu().contiguous() for v in (x, d))
         alpha, rgb, b = torch.zeros(len(px)), torch.zeros(len(px), 3), ix.bodies
         _query(px.numpy(), sh_basis(pd, self.splats.degree).contiguous().numpy(), ix.low, ix.cell, ix.shape, ix.first, ix.items, b.mean, b.whiten, b.opacity,
-               1 / (np.float32(math.sqrt(2 * math.pi)) * b.thin), ix.sh, np.float32(CUT ** 2), np.float32(step), alpha.numpy(), rgb.numpy(), _threads())
+               1 / (np.float32(math.sqrt(2 * math.pi)) * b.thin), ix.sh, np.float32(CUT ** 2), np.float32(step), alpha.numpy(), rgb.numpy(), numba_threads())
         return alpha.to(x.device), rgb.to(x.device)
 
 
@@ -621,7 +613,7 @@ def _carve(grid, low, cell, turn, shift, lens, table, radius, margin):
                 l, r, t, d = int(u - a), int(u + a) + 1, int(v - b), int(v + b) + 1
                 if table[d, r] - table[t, r] - table[d, l] + table[t, l] == 0: grid[x, y, z] = False
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #0fa74b1e
+# %% ../../nbs/kilonerf/01b_rays.ipynb #85770e6a
 def visual_hull(cameras: Sequence[Camera], alphas: Sequence[Tensor] | Tensor, box: Tensor, shape: tuple[int, int, int], empty: float = 0.01, margin: float = 1.0) -> Tensor:
     """bool [X, Y, Z]: cells of a box that no camera sees through, from alphas [N, H, W] in 0…1; `Occupancy.from_masks` with its shape given."""
     if len(cameras) != len(alphas) or not len(cameras): raise UserError(f"occupancy: {len(cameras)} cameras and {len(alphas)} masks; expected one mask for each camera")
@@ -629,7 +621,7 @@ def visual_hull(cameras: Sequence[Camera], alphas: Sequence[Tensor] | Tensor, bo
     for i, (c, alpha) in enumerate(zip(cameras, alphas)):
         if tuple(alpha.shape) != (c.height, c.width): raise UserError(f"occupancy: mask {i} has shape {tuple(alpha.shape)}, its camera {c.height}×{c.width} pixels; resize one of them")
         table = np.pad((alpha.cpu() > empty).numpy().cumsum(0, np.int64).cumsum(1), ((1, 0), (1, 0)))
-        _threads()
+        numba_threads()
         _carve(grid, box[0].double().numpy(), cell, np.ascontiguousarray(c.w2c[:3, :3]), np.ascontiguousarray(c.w2c[:3, 3]), np.array([c.fx, c.fy, c.cx, c.cy], float), table,
                float(np.linalg.norm(cell)) / 2, float(margin))
     return torch.from_numpy(grid)

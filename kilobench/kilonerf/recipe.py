@@ -76,7 +76,7 @@ class FeaturePart(Part):
     mask_soft: float = Field(0.10, gt=0, le=1, description="width of the transition around the threshold")
     patience: int = Field(200, ge=1, description="the run stops when the share of counted features stays at 0 for so many steps")
 
-# %% ../../nbs/kilonerf/00f_recipe.ipynb #65b311af
+# %% ../../nbs/kilonerf/00f_recipe.ipynb #fd42ca22
 def _train(prefix: str, **values: Any) -> dict[str, Any]: return {f"{prefix}.{k}": v for k, v in values.items()}
 
 
@@ -89,10 +89,10 @@ PRESETS: dict[str, dict[str, Any]] = {
               **_train("warm", steps=12, batch=1024, lr=5e-3, log_every=4, eval_every=12, save_every=12),
               **_train("train", steps=12, batch=256, lr=3e-3, ema=0.8, log_every=4, eval_every=12, save_every=12),
               **_train("baseline", steps=24, batch=256, lr=3e-3, ema=0.8, log_every=4, eval_every=24, save_every=24)},
-    "cpu": {**SMALL, "loss.feature_warmup": 150, "edit_steps": 60,
+    "cpu": {**SMALL, "loss.feature_warmup": 200, "edit_steps": 60,
             **_train("warm", steps=300, batch=32_768, lr=5e-3, schedule="cosine", clip=0.0, log_every=20, eval_every=150, save_every=100),
-            **_train("train", steps=600, batch=4096, lr=3e-3, schedule="cosine", ema=0.98, log_every=20, eval_every=300, save_every=100),
-            **_train("baseline", steps=600, batch=4096, lr=5e-3, schedule="cosine", ema=0.98, log_every=20, eval_every=300, save_every=100)},
+            **_train("train", steps=2000, batch=4096, lr=3e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=1000, save_every=250),
+            **_train("baseline", steps=1000, batch=4096, lr=5e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=500, save_every=250)},
     "seed": {"scene.size": 800, "teacher.poses": 1000, "teacher.rays": 20_000, "teacher.feature_rays": 2000, "student.position_freqs": 0, "student.direction_freqs": 0, "student.step": 256,
              **_train("warm", steps=2000, batch=131_072, lr=2e-3, schedule="cosine"),
              **{k: v for part in ("train", "baseline") for k, v in _train(part, steps=50_000, batch=1024, lr=5e-4, optimiser="adam", schedule="cosine2", warmup=0.0, ema=0.999,
