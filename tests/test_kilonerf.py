@@ -29,7 +29,7 @@ from kilobench.kilonerf.recipe import FeaturePart, KilonerfRecipe, LossPart, Stu
 from kilobench.kilonerf.train import MaskWatch, feature_terms, ray_terms, train
 
 TINY = ("scene.size=40 scene.splats=6000 scene.train=6 scene.val=2 scene.test=5 teacher.poses=4 teacher.rays=128 teacher.feature_rays=64 student.grid=[3,3,3] student.hidden=8 "
-        "student.colour_hidden=8 student.step=48 student.occupancy=24 loss.feature_warmup=3 edit_steps=2 eval_frames=2 warm.steps=4 warm.batch=128 warm.save_every=2 warm.log_every=2 "
+        "student.colour_hidden=8 student.step=48 student.occupancy=24 loss.feature_warmup=3 edit.steps=2 edit.batch=64 eval_frames=2 warm.steps=4 warm.batch=128 warm.save_every=2 warm.log_every=2 "
         "train.steps=6 train.batch=64 train.save_every=2 train.log_every=2 train.eval_every=6 baseline.steps=4 baseline.batch=64 baseline.save_every=2 baseline.log_every=2 baseline.eval_every=4")
 BOX = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
 

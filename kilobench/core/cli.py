@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
            'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'main', 'find_runs', 'resolve_run', 'show_table',
-           'again', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of', 'load_command',
-           'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips', 'look_at_options',
-           'look_at_house', 'doctor']
+           'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of',
+           'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
+           'look_at_options', 'look_at_house', 'doctor']
 
-# %% ../../nbs/core/13_cli.ipynb #af4e25a8
+# %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import kilobench
 from .recipe import Recipe, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest, pick_device, read_value
-from .run import Run, default_dir, is_main, notebooks_dir, outputs_dir, project_root, read_json
+from .run import Run, default_dir, is_main, newest_run, notebooks_dir, outputs_dir, project_root, read_json, reference_dir
 from .series import QUIET_THREADS, STAGES, Stopped, find_series, run_series
 
 # %% ../../nbs/core/13_cli.ipynb #0a3f3a2e
@@ -139,7 +139,7 @@ def _text(value: Any) -> str:
     if isinstance(value, float): return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
     return " ".join(str(value).split())
 
-# %% ../../nbs/core/13_cli.ipynb #36f0054e
+# %% ../../nbs/core/13_cli.ipynb #593cc274
 def _values(project: str, overrides: Sequence[str] | None, device: str = "") -> list[str]:
     """The recipe values of a command line; a preset among them is told how it is given."""
     for word in overrides or ():
@@ -159,6 +159,21 @@ def again(run: Run) -> str:
     """The command that goes on with a run."""
     named = [] if run.dir == default_dir(run.recipe).resolve() else ["--name", run.dir.name]
     return shlex.join(["kilobench", "run", run.project, "--preset", run.recipe.preset, *named, *_altered(run.recipe)])
+
+def find_student(project: str, students: Sequence[str], run: str = "", student: str = "") -> Path:
+    """The file of one of a project's `students` (the first unless named) in a run (folder, or name under outputs/PROJECT), in the newest run that has one, or in the reference; UserError if there is none."""
+    student = student or students[0]
+    if student not in students: raise UserError(f"--student: {nearest(student, students)}")
+    if run:
+        dir = next((d for d in (Path(run).expanduser(), outputs_dir() / project / run, outputs_dir() / run) if (d / "recipe.yaml").exists()), None)
+        if dir is None: raise UserError(f"--run {run}: no such run; `kilobench list {project}` shows them")
+        if not (file := dir / "export" / f"{student}.safetensors").exists(): raise UserError(f"{dir}: holds no trained {student} student; `{again(Run.load(dir))}` goes on")
+        return file
+    newest = newest_run(project, has=f"export/{student}.safetensors")
+    shipped = [reference_dir(project, p) / f"{student}.safetensors" for p in ("full", "cpu")]
+    file = newest.path("export", f"{student}.safetensors") if newest else next((f for f in shipped if f.exists()), None)
+    if file is None: raise UserError(f"no {student} student of {project} is trained yet; run `kilobench run {project} --preset cpu` (ten minutes on two cores)")
+    return file
 
 def closing(run: Run) -> str:
     """What there is to say at the end of a run: criteria passed, and where the scorecard lies."""

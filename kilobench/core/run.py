@@ -6,10 +6,10 @@
 __all__ = ['LIBRARIES', 'project_root', 'outputs_dir', 'notebooks_dir', 'reference_dir', 'disk_full', 'atomic_path',
            'atomic_write', 'write_json', 'read_json', 'sha256_of', 'folder_lock', 'git_state', 'library_versions',
            'machine', 'circumstances', 'StageEntry', 'StageBook', 'RunFolder', 'is_main', 'RunRecord', 'default_dir',
-           'RunOpening', 'Run', 'stage', 'open_run', 'newest_run']
+           'RunOpening', 'Run', 'keep_memory', 'stage', 'open_run', 'newest_run']
 
-# %% ../../nbs/core/01_run.ipynb #9f8ea1f8
-import errno, fcntl, functools, hashlib, importlib.metadata, itertools, json, os, platform, re, shutil, socket, subprocess, sys, time, uuid
+# %% ../../nbs/core/01_run.ipynb #ce784866
+import ctypes, errno, fcntl, functools, hashlib, importlib.metadata, itertools, json, os, platform, re, shutil, socket, subprocess, sys, time, uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, Mapping, Sequence, TYPE_CHECKING
@@ -506,10 +506,19 @@ def _together() -> None:
 def _why_again(run: Run, entry: StageEntry) -> str:
     return f"{lost[0]} is gone" if (lost := run._lost(entry.files)) else "what it makes is another file now"
 
-# %% ../../nbs/core/01_run.ipynb #0af1bc1c
+# %% ../../nbs/core/01_run.ipynb #8c3d9086
+def keep_memory() -> bool:
+    """Let this process keep up to 1 GiB of freed memory for the next step; False where the C library has no `mallopt` (macOS)."""
+    try: mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError): return False
+    trim, from_system = -1, -3      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
+    return bool(mallopt(trim, 1 << 30) and mallopt(from_system, 256 << 20))
+
+# %% ../../nbs/core/01_run.ipynb #d906592e
 def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> Any:
     "Run a stage's function under the lock, timed, and mark it; what an interrupted attempt took is kept and added."
     import torch
+    keep_memory()
     name, entry = fn.__name__, run.book.stages.get(fn.__name__, StageEntry())
     if entry.state == "begun" and entry.time:
         _say(f"{name}: goes on where it stopped ({f'after {_seconds(entry.seconds)}, ' if entry.seconds else ''}{entry.time})")

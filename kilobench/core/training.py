@@ -7,11 +7,11 @@ __all__ = ['DECISIVE', 'WORD', 'mix', 'StepSampler', 'fetch', 'TensorData', 'spl
            'make_optimizer', 'make_schedules', 'NotFinite', 'Meter', 'FitState', 'Callback', 'start_callbacks',
            'mean_gradients', 'named_terms', 'one_update', 'train_mode', 'evaluating', 'run_evaluation', 'EMA',
            'read_checkpoint', 'recover', 'swap', 'save_checkpoint', 'load_weights', 'resume', 'Checkpoint', 'CSVLog',
-           'TensorBoard', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals', 'keep_memory',
-           'make_accelerator', 'fit', 'Fitted', 'load_fitted']
+           'TensorBoard', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals', 'make_accelerator',
+           'fit', 'Fitted', 'seconds_trained', 'load_fitted']
 
-# %% ../../nbs/core/05_training.ipynb #f1fdf9a0
-import ctypes, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
+# %% ../../nbs/core/05_training.ipynb #62bfa8c1
+import csv, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
 
 from .recipe import TrainPart, UserError, nearest, seeded
-from .run import Run, atomic_path, disk_full, read_json, sha256_of
+from .run import Run, atomic_path, disk_full, keep_memory, read_json, sha256_of
 
 # %% ../../nbs/core/05_training.ipynb #eba232bd
 def mix(*parts: Any) -> int:
@@ -880,14 +880,6 @@ def _rehearse(state: FitState, data: Any, evaluate: Callable | None) -> list[str
             names += [f"{u.name}.{k}" if len(state.updates) > 1 else k for k in (*terms, *logs)]
     return names
 
-# %% ../../nbs/core/05_training.ipynb #8c3d9086
-def keep_memory() -> bool:
-    """Let this process keep up to 1 GiB of freed memory for the next step; False where the C library has no `mallopt` (macOS)."""
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError): return False
-    trim, from_system = -1, -3      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
-    return bool(mallopt(trim, 1 << 30) and mallopt(from_system, 256 << 20))
-
 # %% ../../nbs/core/05_training.ipynb #7d797e30
 WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -1029,6 +1021,13 @@ class Fitted:
         import pandas as pd
         path = self.run.path(f"metrics-{self.name}.csv")
         return pd.read_csv(path) if path.exists() else pd.DataFrame()
+
+# %% ../../nbs/core/05_training.ipynb #89a1dee4
+def seconds_trained(run: Run, *names: str) -> dict[str, float]:
+    """{"train_seconds": s} of one or more trainings of a run together, by the last rows of their metrics-<name>.csv; {} where there is none."""
+    files = [f for n in names if (f := run.path(f"metrics-{n}.csv")).exists()]
+    last = [rows[-1] for f in files if (rows := list(csv.DictReader(f.open(newline=""))))]
+    return {"train_seconds": sum(float(r["seconds"]) for r in last)} if last else {}
 
 # %% ../../nbs/core/05_training.ipynb #49ba0a1d
 def load_fitted(run: Run | str | Path, name: str, modules: nn.Module | dict[str, nn.Module], which: str = "last", ema: bool = True) -> Any:

@@ -76,7 +76,7 @@ class FeaturePart(Part):
     mask_soft: float = Field(0.10, gt=0, le=1, description="width of the transition around the threshold")
     patience: int = Field(200, ge=1, description="the run stops when the share of counted features stays at 0 for so many steps")
 
-# %% ../../nbs/kilonerf/00f_recipe.ipynb #fd42ca22
+# %% ../../nbs/kilonerf/00f_recipe.ipynb #6bba3abc
 def _train(prefix: str, **values: Any) -> dict[str, Any]: return {f"{prefix}.{k}": v for k, v in values.items()}
 
 
@@ -85,14 +85,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"scene.size": 48, "scene.splats": 6000, "scene.train": 8, "scene.val": 4, "scene.test": 6,
               "teacher.poses": 8, "teacher.rays": 512, "teacher.feature_rays": 128,
               "student.grid": [4, 4, 4], "student.hidden": 16, "student.layers": 2, "student.colour_hidden": 16, "student.step": 64, "student.occupancy": 32,
-              "loss.feature_warmup": 6, "edit_steps": 4, "eval_frames": 4,
+              "loss.feature_warmup": 6, "eval_frames": 4,
               **_train("warm", steps=12, batch=1024, lr=5e-3, log_every=4, eval_every=12, save_every=12),
               **_train("train", steps=12, batch=256, lr=3e-3, ema=0.8, log_every=4, eval_every=12, save_every=12),
-              **_train("baseline", steps=24, batch=256, lr=3e-3, ema=0.8, log_every=4, eval_every=24, save_every=24)},
-    "cpu": {**SMALL, "loss.feature_warmup": 200, "edit_steps": 60,
+              **_train("baseline", steps=24, batch=256, lr=3e-3, ema=0.8, log_every=4, eval_every=24, save_every=24),
+              **_train("edit", steps=4, batch=256, log_every=4, eval_every=4, save_every=4)},
+    "cpu": {**SMALL, "student.chunk": 40_000, "loss.feature_warmup": 200,
             **_train("warm", steps=300, batch=32_768, lr=5e-3, schedule="cosine", clip=0.0, log_every=20, eval_every=150, save_every=100),
-            **_train("train", steps=2000, batch=4096, lr=3e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=1000, save_every=250),
-            **_train("baseline", steps=1000, batch=4096, lr=5e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=500, save_every=250)},
+            **_train("train", steps=2500, batch=4096, lr=3e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=1000, save_every=250),
+            **_train("baseline", steps=1900, batch=4096, lr=5e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=500, save_every=250)},
     "seed": {"scene.size": 800, "teacher.poses": 1000, "teacher.rays": 20_000, "teacher.feature_rays": 2000, "student.position_freqs": 0, "student.direction_freqs": 0, "student.step": 256,
              **_train("warm", steps=2000, batch=131_072, lr=2e-3, schedule="cosine"),
              **{k: v for part in ("train", "baseline") for k, v in _train(part, steps=50_000, batch=1024, lr=5e-4, optimiser="adam", schedule="cosine2", warmup=0.0, ema=0.999,
@@ -106,7 +107,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["kilonerf"] = {**PRESETS["full"], "student.grid": [12, 12, 10], "student.position_freqs": 10, "student.direction_freqs": 4, "student.hidden": 32, "student.layers": 2}
 
-# %% ../../nbs/kilonerf/00f_recipe.ipynb #e5e23091
+# %% ../../nbs/kilonerf/00f_recipe.ipynb #e37c9832
 class KilonerfRecipe(Recipe):
     """A run of the kilonerf project."""
     project: ClassVar[str] = "kilonerf"
@@ -120,5 +121,5 @@ class KilonerfRecipe(Recipe):
     train: TrainPart = TrainPart()
     finetune: TrainPart = TrainPart(steps=0)
     baseline: TrainPart = TrainPart()
+    edit: TrainPart = TrainPart(steps=60, batch=4096, lr=3e-3, schedule="cosine", warmup=0.1, ema=0.9, eval_every=60, save_every=60)
     eval_frames: int = Field(200, ge=1, description="test frames that are scored, of those there are")
-    edit_steps: int = Field(60, ge=1, description="fine-tuning steps a student gets to follow an edit of the teacher")
