@@ -1,4 +1,5 @@
 """The command line as a user meets it: one process a line, its output, its exit code."""
+import functools
 import json
 import os
 import shlex
@@ -11,9 +12,9 @@ import yaml
 from toy_project import STAGES, Toy
 
 import kilobench
-from kilobench.core.cli import again, find_runs, resolve_run
+from kilobench.core.cli import again, find_runs, find_student, resolve_run
 from kilobench.core.recipe import UserError, load_recipe_class
-from kilobench.core.run import Run
+from kilobench.core.run import Run, open_run
 
 COMMANDS = '''"""The toy's own commands."""
 import sys
@@ -163,6 +164,21 @@ def test_resolve_run_takes_the_newest_of_a_project(tmp_path, monkeypatch):
     (tmp_path / "cache" / "toy").mkdir(parents=True)
     (tmp_path / "cache" / "toy" / "recipe.yaml").touch()
     assert find_runs() == []
+
+
+def test_a_student_is_found_in_a_run_in_the_newest_or_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(tmp_path))
+    find = functools.partial(find_student, "kilonerf", ("kilo", "baseline"))
+    with pytest.raises(UserError, match="did you mean 'kilo'"): find(student="kilos")
+    with pytest.raises(UserError, match="no such run"): find("yesterday")
+    first, second = (open_run("kilonerf", "smoke", tmp_path / "kilonerf" / n) for n in ("first", "second"))
+    with pytest.raises(UserError, match="holds no trained kilo student; `kilobench run kilonerf --preset smoke --name first` goes on"): find("first")
+    for run in (first, second):
+        run.path("export").mkdir()
+        run.path("export", "kilo.safetensors").touch()
+    assert find("first") == find(str(first.dir)) == first.path("export", "kilo.safetensors")
+    assert find() in (first.path("export", "kilo.safetensors"), second.path("export", "kilo.safetensors"))
+    with pytest.raises(UserError, match="holds no trained baseline"): find("second", "baseline")
 
 
 def test_doctor_ends_well_and_says_what_to_do(toy):

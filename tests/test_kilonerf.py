@@ -5,9 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,11 +20,11 @@ from kilobench.kilonerf import commands
 from kilobench.kilonerf.cameras import orbit, pose_leaks, rays
 from kilobench.kilonerf.data import RaySet, choose_pixels, data, teacher_rays, z_score
 from kilobench.kilonerf.grouped import sort_by_cell
-from kilobench.kilonerf.model import KiloField, KiloStudent, blend_cells, encode, face_jump, feature_projector, flat_cell, load_trained, render_frame, save_trained
+from kilobench.kilonerf.model import KiloStudent, blend_cells, encode, face_jump, feature_projector, flat_cell, frame_flops, load_trained, query_flops, render_frame, save_trained
 from kilobench.kilonerf.rasteriser import over, render_splats
 from kilobench.kilonerf.rays import Occupancy
 from kilobench.kilonerf.recipe import FeaturePart, KilonerfRecipe, LossPart, StudentPart
-from kilobench.kilonerf.train import MaskWatch, feature_terms, ray_terms, train
+from kilobench.kilonerf.train import MaskWatch, feature_terms, ray_terms, train, warm_terms
 
 TINY = ("scene.size=40 scene.splats=6000 scene.train=6 scene.val=2 scene.test=5 teacher.poses=4 teacher.rays=128 teacher.feature_rays=64 student.grid=[3,3,3] student.hidden=8 "
         "student.colour_hidden=8 student.step=48 student.occupancy=24 loss.feature_warmup=3 edit.steps=2 edit.batch=64 eval_frames=2 warm.steps=4 warm.batch=128 warm.save_every=2 warm.log_every=2 "
@@ -96,6 +94,30 @@ def test_a_frame_in_waves_equals_all_samples():
     assert (render_frame(student, look).rgb.flatten(1).T - whole.rgb).abs().max() <= 0.3
 
 
+def test_a_field_restricted_to_some_cells_trains_only_them():
+    field, before = small(margin=0.08).field, small(margin=0.08).field
+    cells = torch.zeros(24, dtype=torch.bool)
+    cells[[5, 6]] = True
+    field.restrict(cells, colour_only=True)
+    x, d = torch.rand(500, 3) * 2 - 1, F.normalize(torch.randn(500, 3), dim=1)
+    free = [p for p in field.parameters() if p.requires_grad]
+    assert len(free) == 4   # weights and biases of the two colour layers
+    optimizer, answer = torch.optim.Adam(free, lr=0.1), field(x, d)
+    (answer.rgb.sum() + answer.sigma.sum()).backward()
+    optimizer.step()
+    for name, p in field.named_parameters():
+        moved = (p != before.get_parameter(name)).flatten(1).any(1)
+        assert torch.equal(moved, cells if p.requires_grad else torch.zeros(24, dtype=torch.bool)), name
+
+
+def test_a_frame_s_arithmetic_is_that_of_the_samples_it_asks_for():
+    student, look = small(margin=0.0, stop=0.0), orbit(20, 30, size=24)
+    with torch.no_grad(): asked = student.render(*rays(look)).samples
+    weights = 27 * 8 + 8 * 8 + 8 * 1 + (8 + 15) * 8 + 8 * 3   # 3 + 6·4 inputs; the last but one sees 3 + 6·2 numbers of the direction too
+    assert query_flops(student) == 2 * weights and frame_flops(student, look) == 2 * weights * asked
+    assert frame_flops(student.eval(), look) >= frame_flops(small(margin=0.0, stop=0.9), look)
+
+
 def test_switching_off_a_network_darkens_its_own_cell_only():
     student = small(margin=0.0)
     x = torch.rand(500, 3) * 2 - 1
@@ -150,6 +172,16 @@ def test_loss_terms_follow_their_definition():
     assert set(ray_terms(same, batch, LossPart(depth=0, opacity=0))) == {"colour"}
     white = rendered(torch.ones(2, 3), torch.tensor([1.0, 1.0]), batch["depth"])                  # white paint in empty space
     assert ray_terms(white, batch, LossPart())["colour"] > 0.1
+
+
+def test_the_warm_start_holds_each_network_to_the_teacher_by_itself():
+    """On a face, two networks that miss to both sides by as much have the right mean, and are not let off."""
+    student = small(margin=0.08)
+    x, d = torch.tensor([[1 / 3, 0.3, 0.25]]), torch.tensor([[0.0, 0.0, -1.0]])
+    a = student.field.apart(x, d)
+    pair = (1 - torch.exp(-a.depth[:, 0]))[a.weight > 0.1]
+    batch = {"x": x, "d": d, "alpha": pair.mean()[None].detach(), "rgb": student.field(x, d).rgb.detach()}
+    assert len(pair) == 2 and warm_terms(student, batch)["alpha"].item() == pytest.approx(pair.var(correction=0).item(), rel=1e-3) and pair.var() > 1e-7
 
 
 def test_masked_features_and_their_share():
@@ -232,7 +264,7 @@ def test_the_report_has_every_row_with_its_role(finished):
     assert roles["teacher"] == "teacher" and roles["kilo"] == "student" and roles["baseline"] == "baseline"
     assert {"blank page", "mean image"} <= {n for n, r in roles.items() if r == "control"} and sum(r == "control" for r in roles.values()) == 4
     kilo = next(r for r in report.rows if r.name == "kilo")
-    assert {"psnr/teacher", "psnr/photo", "psnr_p5/teacher", "ssim/teacher", "psnr_black/teacher", "share/photo", "seam", "lpips_alex", "lpips_vgg"} <= set(kilo.metrics) and kilo.cost["fps"] > 0
+    assert {"psnr/teacher", "psnr/photo", "psnr_p5/teacher", "ssim/teacher", "psnr_black/teacher", "above_blank/teacher", "share/photo", "seam", "lpips_alex", "lpips_vgg"} <= set(kilo.metrics) and kilo.cost["fps"] > 0 and kilo.cost["flops"] > 0 and kilo.cost["train_seconds"] > 0
     teacher = next(r for r in report.rows if r.name == "teacher")
     assert report.data.ceilings["psnr/photo"].value == pytest.approx(psnr(over(*data(finished).frames()[:2], 1.0), data(finished).photos("test")).mean().item(), abs=1e-3) and teacher.metrics["psnr/photo"] > 10
     assert all(c.passed for c in report.data.checks) and {"no test pose among the teacher poses", "teacher and photographs are aligned"} <= {c.name for c in report.data.checks}
@@ -268,10 +300,25 @@ def test_an_edit_changes_its_region_and_nothing_else(finished):
     with pytest.raises(UserError, match="expected one of"): edited(made.splats, "paint top", made.box, (3, 3, 3))
 
 
+def test_an_edit_concerns_the_cells_of_what_it_changes(finished):
+    from kilobench.kilonerf.counterfactual import cell_of, edited, follow, touched
+    made, student = data(finished), train(finished)["kilo"]
+    box, cells = student.occupancy.box, student.part.grid
+    gone = touched(made.splats, "delete top", box, cells)
+    assert 0 < gone.sum() < 14 and touched(made.splats, "degree 0", box, cells).sum() > gone.sum()
+    moved = touched(made.splats, "move top", box, cells)
+    assert (moved & gone).sum() == gone.sum(), "both where it was and where it went"
+    after = edited(made.splats, "delete top", box, cells)
+    kept = cell_of(after.means, box, cells)
+    assert torch.bincount(kept[kept >= 0], minlength=27).ne(torch.bincount((c := cell_of(made.splats.means, box, cells))[c >= 0], minlength=27)).equal(gone)
+    followed = follow(finished, made, student, "delete top")
+    for p, q in zip(followed.field.parameters(), student.field.parameters()): assert torch.equal(p[~gone], q[~gone])
+
+
 def test_predict_draws_a_view_and_a_path(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KILOBENCH_OUTPUTS", str(finished.dir.parents[1]))
     commands.predict(out=tmp_path / "x.png", run=str(finished.dir), size=40)
-    assert Image.open(tmp_path / "x.png").size == (120, 40) and "dB against the teacher" in capsys.readouterr().out
+    assert Image.open(tmp_path / "x.png").size == (3 * 40 + 2 * 4, 40) and "dB against the teacher" in capsys.readouterr().out
     commands.predict("orbit", tmp_path / "x.mp4", run=str(finished.dir), size=32, frames=3)
     import imageio
     assert len(imageio.mimread(tmp_path / "x.mp4", format="FFMPEG")) == 3
@@ -282,9 +329,8 @@ def test_predict_draws_a_view_and_a_path(finished, tmp_path, monkeypatch, capsys
 
 def test_a_folder_of_your_own_trains_the_same_student(finished, tmp_path, outputs):
     """The brick model's folder, given as one's own; then with a photograph missing, and without its Gaussians."""
-    from kilobench.kilonerf.data import scene_folder
     own = tmp_path / "my scene"
-    shutil.copytree(scene_folder(finished), own)
+    shutil.copytree(next((finished.dir.parents[1] / "cache" / "kilonerf").glob("scene-*")), own)
     students = train(open_run("kilonerf", "smoke", "", f"{TINY} scene.folder='{own}'"))
     assert set(students) == {"kilo", "baseline"}
     only_ply = train(open_run("kilonerf", "smoke", "", f"{TINY} scene.ply='{own / 'point_cloud.ply'}'"))

@@ -24,7 +24,7 @@ from kilobench.renderer.data import (HeldOut, TESTS, data, draw_items, guess_nou
 from kilobench.renderer.model import STUDENTS, build_student, compose, noun_slots, placing
 from kilobench.renderer.reader import read, shown
 from kilobench.renderer.recipe import DataPart, RendererRecipe
-from kilobench.renderer.scene import CELLS, COLOURS, HELD_OUT_STYLES, RELATIONS, SHAPES, SIZES, STYLES, VOCABULARY, Group, Scene, caption, layout, parse, random_scene
+from kilobench.renderer.scene import COLOURS, HELD_OUT_STYLES, RELATIONS, SHAPES, SIZES, STYLES, VOCABULARY, Group, Scene, caption, layout, parse, random_scene
 from kilobench.renderer.teacher import background, distance, render
 from kilobench.renderer.train import distill_loss, load_trained, predict_images, save_trained, train
 

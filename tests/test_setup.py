@@ -39,8 +39,8 @@ def test_environment_has_the_pins_of_requirements():
 def test_one_version(cfg): assert cfg["version"] == kilobench.__version__
 
 
-OPTIONAL = {"coremltools"}  # imported inside the one function that needs it, which says how to install it
-WITH_ANOTHER = {"pydantic-core"}  # pydantic pins its own
+OPTIONAL = {"coremltools", "gsplat"}  # imported inside the one function that needs it, which says how to install it
+WITH_ANOTHER = {"pydantic-core", "llvmlite"}  # pydantic and numba pin their own
 
 
 def imported():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kilobench.core.recipe import UserError
-from kilobench.core.show import (LOOK, curve, diff_label, diff_map, grid, montage, new_figure, save_figure, scatter3d, strip, style,
+from kilobench.core.show import (LOOK, beside, curve, diff_label, diff_map, grid, montage, new_figure, save_figure, scatter3d, strip, style,
                                  to_array, to_arrays, to_pil, to_png, tradeoff, view3d)
 
 RGB = torch.stack([torch.full((4, 6), v) for v in (0.0, 0.5, 1.0)])          # [3, 4, 6]
@@ -197,3 +197,10 @@ def test_importing_and_drawing_opens_no_pyplot_and_no_torch():
     code = "import sys, numpy as np; from kilobench.core.show import strip, to_png; x = np.zeros((4, 4, 3)); assert to_png(strip(x, x))[:4] == b'\\x89PNG'; print('matplotlib.pyplot' in sys.modules, 'torch' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PATH": "", "MPLBACKEND": "TkAgg", "HOME": "/tmp"})
     assert out.stdout.split() == ["False", "False"]
+
+
+def test_beside_keeps_every_pixel():
+    a, b = torch.zeros(3, 4, 6), torch.ones(3, 4, 6)
+    sheet = np.asarray(beside([a, b, a], scale=2, gap=3))
+    assert sheet.shape == (8, 3 * 12 + 2 * 3, 3) and (sheet[:, :12] == 0).all() and (sheet[:, 12:30] == 255).all() and (sheet[:, 30:] != 255).sum() == 8 * 12 * 3
+    with pytest.raises(UserError, match="6×4, 5×4"): beside([a, torch.zeros(3, 4, 5)])

@@ -20,7 +20,7 @@ from kilobench.core.losses import adversarial_d, adversarial_g
 from kilobench.core.recipe import Recipe, TrainPart, UserError
 from kilobench.core.run import Run
 from kilobench.core.training import (Callback, FitState, LivePlot, StepSampler, Strips, TensorData, Update, fit, load_fitted, make_accelerator, make_schedules,
-                                     recover, split_batch)
+                                     recover, seconds_trained, split_batch)
 
 torch.set_num_threads(1)
 
@@ -287,6 +287,16 @@ def test_slices_with_workers_equal_one_go(tmp_path):
     for until in (9, None): train(tmp_path / "b", overrides="train.workers=1 train.steps=24", stop_at=until)
     assert a.step == 24
     same(outcome(tmp_path / "b"), outcome(tmp_path / "a"))
+
+
+def test_what_a_training_took_is_the_last_row_of_its_log(tmp_path):
+    run = train(tmp_path / "a", stop_at=5).run
+    name = next(run.dir.glob("metrics-*.csv")).stem.removeprefix("metrics-")
+    assert seconds_trained(run, "nobody") == {}
+    run.path("metrics-warm.csv").write_text("step,seconds,loss\n1,2.5,1\n2,4.5,1\n")
+    run.path("metrics-empty.csv").write_text("step,seconds,loss\n")
+    own = seconds_trained(run, name).get("train_seconds", 0)
+    assert seconds_trained(run, "warm", "empty", "nobody", name)["train_seconds"] == pytest.approx(4.5 + own)
 
 
 def test_random_numbers_outside_and_inside_do_not_meet(whole, tmp_path):

@@ -108,8 +108,8 @@ def parse(kind: type[BaseModel], path: str | Path) -> Any:
         field = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(f"{path}: {field}: {first['msg']}; damaged or of another version, make it again") from e
 
-# %% ../../nbs/core/08_scorecard.ipynb #3e8898d7
-BAD = set("lpips loss mse rmse mae l1 l2 fd leakage error errors gap nll ece checkerboard latency ms null undo order "
+# %% ../../nbs/core/08_scorecard.ipynb #7dd634db
+BAD = set("lpips loss mse rmse mae l1 l2 fd leakage seam error errors gap nll ece checkerboard latency ms null undo order "
           "params flops size mb power memory w energy seconds".split())
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['INK', 'MUTED', 'HAIR', 'ROLE_COLOURS', 'CYCLE', 'LOOK', 'ASIDE', 'style', 'Plot', 'new_figure', 'to_array',
-           'to_arrays', 'to_pil', 'diff_map', 'diff_label', 'montage', 'grid', 'strip', 'curve', 'tradeoff', 'view3d',
-           'scatter3d', 'to_png', 'save_figure']
+           'to_arrays', 'to_pil', 'diff_map', 'diff_label', 'beside', 'montage', 'grid', 'strip', 'curve', 'tradeoff',
+           'view3d', 'scatter3d', 'to_png', 'save_figure']
 
 # %% ../../nbs/core/09_show.ipynb #7e2812bf
 import re
@@ -116,6 +116,16 @@ def diff_map(teacher: Any, student: Any, scale: float = 4, signed: bool = False)
 def diff_label(scale: float, signed: bool = False) -> str:
     """What a difference picture must say about itself."""
     return f"{'student − teacher' if signed else 'difference'} ×{scale:g}"
+
+# %% ../../nbs/core/09_show.ipynb #5613a3d5
+def beside(images: Sequence[Any], scale: int = 1, gap: int = 4) -> Image.Image:
+    """Images of one size in a row as one PIL image, each pixel `scale` times as large, `gap` white pixels between them."""
+    tiles = [to_pil(i) for i in images]
+    if len({t.size for t in tiles}) != 1: raise UserError(f"show: images of sizes {', '.join(f'{t.width}×{t.height}' for t in tiles)}; expected one size")
+    width, height = (n * scale for n in tiles[0].size)
+    sheet = Image.new("RGB", ((width + gap) * len(tiles) - gap, height), "white")
+    for i, tile in enumerate(tiles): sheet.paste(tile.resize((width, height), Image.Resampling.NEAREST), (i * (width + gap), 0))
+    return sheet
 
 # %% ../../nbs/core/09_show.ipynb #02f7c08c
 def _cell(ax, image: np.ndarray | None, note: str = "") -> None:

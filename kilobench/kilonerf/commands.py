@@ -78,12 +78,11 @@ def predict(camera_path: Annotated[str, typer.Option("--camera-path", help="orbi
     camera = orbit(azimuth, elevation, distance, size)
     save_view(out, draw(camera), camera, teacher_of(file))
 
-# %% ../../nbs/kilonerf/05_commands.ipynb #fa9c3bd9
+# %% ../../nbs/kilonerf/05_commands.ipynb #efb11fd2
 def save_view(out: Path, drawn: Any, camera: Any, made: Any) -> None:
     """Write student, or teacher | student | difference ×4, as a picture, and say how far apart they are."""
-    import torch
     from kilobench.core.metrics import psnr
-    from kilobench.core.show import diff_map, to_pil
+    from kilobench.core.show import beside, diff_map
     from kilobench.kilonerf.rasteriser import over, render_splats
     tiles, said = [drawn], ""
     if made is not None:
@@ -92,7 +91,7 @@ def save_view(out: Path, drawn: Any, camera: Any, made: Any) -> None:
         tiles, said = [want, drawn, diff_map(want, drawn)], f"  {psnr(drawn[None], want[None]).item():.1f} dB against the teacher"
     out.parent.mkdir(parents=True, exist_ok=True)
     kind = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}.get(out.suffix.lower(), "PNG")
-    with atomic_path(out) as tmp: to_pil(torch.cat(tiles, 2)).save(tmp, format=kind)
+    with atomic_path(out) as tmp: beside(tiles).save(tmp, format=kind)
     print(f"{out}{said}")
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #6aad83fa

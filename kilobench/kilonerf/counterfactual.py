@@ -42,7 +42,7 @@ def regions(splats: Splats) -> dict[str, tuple[Tensor, float]]:
     density = torch.stack([((low - c).square().sum(1) < (0.2 * reach) ** 2).sum() for c in low[:: max(1, len(low) // 200)]])
     return {"top": (high.median(0).values, 0.25 * reach), "body": (low[:: max(1, len(low) // 200)][density.argmax()], 0.25 * reach)}
 
-# %% ../../nbs/kilonerf/04_counterfactual.ipynb #ab276aa2
+# %% ../../nbs/kilonerf/04_counterfactual.ipynb #0d477364
 EDITS = ("delete top", "recolour body", "move top", "fade body", "degree 0")
 
 
@@ -64,7 +64,9 @@ def edited(splats: Splats, what: str, box: Tensor, grid: Sequence[int]) -> Splat
     if verb in ("delete", "cell"): return delete(splats, mask)
     if verb == "recolour": return recolour(splats, mask, (0.85, 0.15, 0.55))
     if verb == "fade": return fade(splats, mask, 0.5)
-    return move(splats, mask, torch.tensor([0.0, 0.0, 0.5 * regions(splats)[name][1]]))
+    centre, radius = regions(splats)[name]
+    inward = (box.mean(0) - centre) * torch.tensor([1.0, 1.0, 0.0])
+    return move(splats, mask, 0.5 * radius * inward / inward.norm().clamp(min=1e-6))
 
 
 def cell_of(x: Tensor, box: Tensor, grid: Sequence[int]) -> Tensor:

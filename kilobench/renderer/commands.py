@@ -21,21 +21,18 @@ from ..core.run import Run, atomic_path, atomic_write
 # %% ../../nbs/renderer/05_commands.ipynb #b368aa93
 STUDENTS = ("slots", "film")   # the first is meant unless another is named
 
-# %% ../../nbs/renderer/05_commands.ipynb #ac2b0b45
+# %% ../../nbs/renderer/05_commands.ipynb #54306f61
 def answer(text: str, student: Path, scale: int = 4) -> Image.Image:
     """teacher | student | difference ×4 of one caption as a PIL image, enlarged `scale` times; a caption that is no scene is a `UserError`."""
     from kilobench.core.metrics import psnr
-    from kilobench.core.show import diff_map, to_pil
+    from kilobench.core.show import beside, diff_map
     from kilobench.renderer.scene import parse
     from kilobench.renderer.teacher import render
     from kilobench.renderer.train import load_trained, predict_images
     model, vocabulary, config = load_trained(student)
     teacher = None if config["own"] else render([parse(text)], config["size"])
     drawn = predict_images(model, vocabulary.encode([text])).clamp(0, 1)
-    tiles = [to_pil(drawn[0])] if teacher is None else [to_pil(teacher[0]), to_pil(drawn[0]), to_pil(diff_map(teacher[0], drawn[0]))]
-    side = config["size"] * scale
-    sheet = Image.new("RGB", (side * len(tiles) + 4 * (len(tiles) - 1), side), "white")
-    for i, tile in enumerate(tiles): sheet.paste(tile.resize((side, side), Image.Resampling.NEAREST), (i * (side + 4), 0))
+    sheet = beside([drawn[0]] if teacher is None else [teacher[0], drawn[0], diff_map(teacher[0], drawn[0])], scale)
     sheet.info["psnr"] = None if teacher is None else float(psnr(drawn, teacher))
     return sheet
 
