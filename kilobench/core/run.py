@@ -514,11 +514,10 @@ def keep_memory() -> bool:
     trim, from_system = -1, -3      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD in malloc.h
     return bool(mallopt(trim, 1 << 30) and mallopt(from_system, 256 << 20))
 
-# %% ../../nbs/core/01_run.ipynb #d906592e
+# %% ../../nbs/core/01_run.ipynb #0af1bc1c
 def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> Any:
     "Run a stage's function under the lock, timed, and mark it; what an interrupted attempt took is kept and added."
     import torch
-    keep_memory()
     name, entry = fn.__name__, run.book.stages.get(fn.__name__, StageEntry())
     if entry.state == "begun" and entry.time:
         _say(f"{name}: goes on where it stopped ({f'after {_seconds(entry.seconds)}, ' if entry.seconds else ''}{entry.time})")
@@ -543,7 +542,7 @@ def _make(run: Run, fn: Callable[[Run], Any], files: Sequence[str | Path]) -> An
     _say(f"{name}: done in {_seconds(spent)}")
     return value
 
-# %% ../../nbs/core/01_run.ipynb #60caeb85
+# %% ../../nbs/core/01_run.ipynb #e2af2ff5
 def stage(makes: Sequence[str | Path] | Callable[[Run], Sequence[str | Path]] = (), load: Callable[[Run], Any] | None = None) -> Callable:
     """Decorate a project's stage function `fn(run)`: done → says so; else locked, run, timed and marked.
 
@@ -563,6 +562,7 @@ def stage(makes: Sequence[str | Path] | Callable[[Run], Sequence[str | Path]] = 
 
 def _stage(run: Run, fn: Callable, makes: Any, load: Callable | None) -> Any:
     import torch  # noqa: F401 (here _agreed finds it)
+    keep_memory()
     name, value, files = fn.__name__, None, list(makes(run) if callable(makes) else makes)
     is_done = lambda: run.is_done(name) and run.book.stages[name].files == run.relative(files)  # a changed maker names another cache
     done = _agreed(is_done())

@@ -6,7 +6,7 @@
 __all__ = ['STUDENTS', 'teacher_of', 'path_cameras', 'write_video', 'predict', 'save_view', 'data', 'write_teacher',
            'check_folder', 'export', 'check', 'check_assets', 'teacher']
 
-# %% ../../nbs/kilonerf/05_commands.ipynb #5f02c38f
+# %% ../../nbs/kilonerf/05_commands.ipynb #a70a3e66
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from ..core.cli import find_student
 from ..core.recipe import UserError, nearest
-from ..core.run import Run, atomic_path
+from ..core.run import Run, atomic_path, keep_memory
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #c1bcabbb
 STUDENTS = ("kilo", "baseline")   # the first is meant unless another is named
@@ -51,7 +51,7 @@ def write_video(path: Path, frames: Iterator[Any], fps: int) -> int:
             written += 1
     return written
 
-# %% ../../nbs/kilonerf/05_commands.ipynb #4251dd41
+# %% ../../nbs/kilonerf/05_commands.ipynb #d1289b1f
 def predict(camera_path: Annotated[str, typer.Option("--camera-path", help="orbit | test: a video along a path; without it, one pose.")] = "",
             out: Annotated[Path, typer.Option(help="x.mp4 or x.gif for a path, x.png for one pose.")] = Path("view.png"),
             azimuth: Annotated[float, typer.Option(help="Degrees from +x towards +y.")] = 40.0,
@@ -70,6 +70,7 @@ def predict(camera_path: Annotated[str, typer.Option("--camera-path", help="orbi
     from kilobench.kilonerf.cameras import orbit
     from kilobench.kilonerf.model import load_trained, render_frame
     from kilobench.kilonerf.rasteriser import over
+    keep_memory()
     model = load_trained(file)
     draw = lambda camera: (lambda f: over(f.rgb, f.alpha, 1.0))(render_frame(model, camera))
     if camera_path:
@@ -128,7 +129,7 @@ def write_teacher(folder: Path, size: int | None = None) -> None:
         write_teacher_frame(folder, i, torch.cat([f.rgb / f.alpha.clamp(min=1e-6), f.alpha]).clamp(0, 1), f.depth, read_rgba(v.file, size=v.camera.width))
     write_teacher_stats(folder, splats_hash(splats), spent / len(views))
 
-# %% ../../nbs/kilonerf/05_commands.ipynb #616a6465
+# %% ../../nbs/kilonerf/05_commands.ipynb #76acb673
 def check_folder(folder: Path) -> None:
     """Say what a training on this scene folder would see: views, sizes, Gaussians, and what the alignment doctor finds; the first fault is a `UserError`."""
     import torch
@@ -146,8 +147,9 @@ def check_folder(folder: Path) -> None:
     ply = folder / "point_cloud.ply"
     if not ply.exists(): return print(f"{ply.name}: not there; give scene.ply, or train Gaussians with `kilobench teacher kilonerf --photos {folder}` (CUDA)")
     splats, some = read_ply(ply), evenly(views["test"], 8)
-    cameras = [v.camera.resized(200) for v in some]
-    photos = torch.stack([read_rgba(v.file, size=200) for v in some])
+    size = min(200, camera.width)
+    cameras = [v.camera.resized(size) for v in some]
+    photos = torch.stack([read_rgba(v.file, size=size) for v in some])
     frames = [render_splats(splats, c) for c in cameras]
     drawn = torch.stack([torch.cat([f.rgb / f.alpha.clamp(min=1e-6), f.alpha]).clamp(0, 1) for f in frames])
     white = lambda x: over(x[:, :3] * x[:, 3:], x[:, 3:], 1.0)
