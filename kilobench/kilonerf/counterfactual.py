@@ -206,8 +206,8 @@ def edit_sheet(condition: Asked, edits: Callable[[Asked], list[Edit]], teacher: 
     rows = {e.name: edit_strip(condition, e, teacher, student) for e in edits(condition) if not e.null}
     return montage({name: list(r.values()) for name, r in rows.items()}, titles=list(next(iter(rows.values()))), size=1.3)
 
-# %% ../../nbs/kilonerf/04_counterfactual.ipynb #d3e35a34
-def explorer(made: SceneData, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 160) -> Explorer:
+# %% ../../nbs/kilonerf/04_counterfactual.ipynb #b00a289c
+def explorer(made: SceneData, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 200) -> Explorer:
     """Orbit sliders and an edit; teacher, student, difference, depth and seams follow. Without students, `needs` says what to do."""
     teacher = ask_teacher(made)
 

@@ -46,7 +46,7 @@ def _pair(renders: Tensor, photos: Tensor, page: float) -> tuple[Tensor, Tensor]
     y = photos if renders.shape[1] == photos.shape[1] else photos[:, :3] * photos[:, 3:] + (1 - photos[:, 3:]) * page
     return on_pages(renders, page), on_pages(y, page)
 
-# %% ../../nbs/kilonerf/00d_doctor.ipynb #e197ee60
+# %% ../../nbs/kilonerf/00d_doctor.ipynb #7f10bc8c
 EIGHT_BITS = 1 / 12 / 255**2   # mean square error of rounding to 8 bits
 
 
@@ -69,6 +69,7 @@ class _Bench:
         self.before = -10 * (self.error.mean(1) + EIGHT_BITS).log10()
 
     def trial(self, name: str, undone: Tensor) -> Trial:
+        """What undoing a suspect gains, over the pixels that it touches."""
         u = _pair(undone, self.photos, self.page)[0]
         touched = ((u - self.x).abs_().amax(1, keepdim=True) > 2 / 255).float().expand_as(u).flatten(1)
         error = (u - self.y).square_().flatten(1)

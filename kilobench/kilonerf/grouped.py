@@ -122,11 +122,12 @@ def _store(b, values, pointers, lanes):
         with part:
             for v, p in zip(values, pointers): _call(b, f"llvm.masked.store.v{LANES}f32.p0", ir.VoidType(), v, p, _I32(4), lanes[0])
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #616ddc62
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #c56ae6c6
 @intrinsic
 def _tile(typing, c, ldc, rows, cols, a, sa, sp, depth, w, ldw, init, ldi, relu):
     """c[r, :cols] = act(init[r] + Σ_p a[r·sa + p·sp] · w[p]) for up to ROWS rows and LANES columns; addresses, and strides in floats."""
     def codegen(context, b, signature, args):
+        """Emit the tile: ROWS vectors of LANES columns, accumulated over depth."""
         c, ldc, rows, cols, a, sa, sp, depth, w, ldw, init, ldi, relu = args
         lanes = _lanes(b, cols)
         row = [b.select(b.icmp_signed("<", _I64(r), rows), _I64(r), b.sub(rows, _I64(1))) for r in range(ROWS)]
@@ -152,11 +153,12 @@ def _product(c, ldc, rows, cols, a, sa, sp, depth, w, ldw, panel, init, ldi, rel
         for j in range(0, cols, LANES):
             _tile(c + 4 * (r * ldc + j), ldc, rows - r, cols - j, a + 4 * r * sa, sa, sp, depth, w + 4 * j * panel, ldw, init + 4 * (r * ldi + j), ldi, relu)
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #7960a0fc
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #59655470
 @intrinsic
 def _square(typing, source, ld, rows, cols, target, turned):
     """Up to LANES × LANES numbers at source (row stride ld) → LANES whole vectors at target: its rows, or turned its columns."""
     def codegen(context, b, signature, args):
+        """Emit the copy: LANES vectors, turned by shuffles where asked for."""
         source, ld, rows, cols, target, turned = args
         row = [b.select(b.icmp_signed("<", _I64(r), rows), _I64(r), b.sub(rows, _I64(1))) for r in range(LANES)]
         v = [b.load(s) for s in _load(b, [_at(b, source, b.mul(r, ld)) for r in row], _lanes(b, cols))]
@@ -250,11 +252,12 @@ def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
            tasks, words([0]), scratch.data_ptr(), room, workers)
     return y
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #54aa2089
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #5a96cd9f
 @intrinsic
 def _gate(typing, y, dy, ld, rows, cols, g, ldg, db, relu):
     """g = dy, with relu only where y > 0, LANES columns wide, zeros from `cols` on; db += its sum over rows."""
     def codegen(context, b, signature, args):
+        """Emit the loop over rows: mask, store, add up."""
         y, dy, ld, rows, cols, g, ldg, db, relu = args
         lanes, closed = _lanes(b, cols), _splat(b, b.icmp_signed("!=", relu, _I64(0)))
         total, = _load(b, [_at(b, db, _I64(0))], lanes)
@@ -288,7 +291,7 @@ def _backward(x, weight, y, dy, dx, dw, db, K, N, relu, tasks, counter, scratch,
                 if dx != 0: _product(dx + 4 * r * K, K, rows, K, g, wide, 1, N, panels, LANES, wide, zeros, 0, 0)
             t = _take(counter)
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #5535824c
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #28e2663d
 class _Segment(torch.autograd.Function):
     """The segment backend: `_chain` of one layer, and `_backward`."""
     @staticmethod
@@ -301,6 +304,7 @@ class _Segment(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        """Gradients of x, weight and bias in one pass over the groups."""
         (x, weight, offsets, y), dy = ctx.saved_tensors, dy.contiguous()
         x, weight = x.contiguous(), weight.contiguous()
         (n, K, N), (tasks, nets) = weight.shape, _tasks(offsets)
@@ -329,11 +333,12 @@ def _pad8(t: Tensor, dims: int = 1) -> Tensor:
     """bf16 with its last dimensions padded with zeros to multiples of 8."""
     return F.pad(t.bfloat16(), [p for d in range(1, dims + 1) for p in (0, -t.shape[-d] % 8)])
 
-# %% ../../nbs/kilonerf/01a_grouped.ipynb #bafcb3c0
+# %% ../../nbs/kilonerf/01a_grouped.ipynb #e0251705
 class _GroupedMM(torch.autograd.Function):
     """`torch._grouped_mm` in bf16, forwards and backwards; results in the dtype of x."""
     @staticmethod
     def forward(ctx, x, weight, bias, offsets, relu):
+        """The product in bf16; a bias is one more row of the weights, and x gets a column of ones."""
         ctx.shape, ctx.biased = weight.shape, bias is not None
         xb = _pad8(x if bias is None else F.pad(x, (0, 1), value=1.0))
         wb = _pad8(weight if bias is None else torch.cat([weight, bias[:, None]], 1), 2)
@@ -347,6 +352,7 @@ class _GroupedMM(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
+        """Two grouped products in bf16: by the turned weights for x, of x and dy for the weights."""
         (xb, wb, offsets, y), (_, K, N) = ctx.saved_tensors, ctx.shape
         g = _pad8(dy if y is None else dy.masked_fill(y <= 0, 0)).contiguous()
         dx, dw = torch.empty_like(xb), torch.zeros_like(wb)

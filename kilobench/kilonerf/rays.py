@@ -380,7 +380,7 @@ def _composite_back(values, t, first, step, alpha, depth, weight, through, g_val
                     g_sigma[i] = step * (through[i] * G - behind)
                     behind += weight[i] * G
 
-# %% ../../nbs/kilonerf/01b_rays.ipynb #1e3e72dc
+# %% ../../nbs/kilonerf/01b_rays.ipynb #ee4c56db
 class Composite(NamedTuple):
     """What R rays gather: value [R, C] = Σ w v, alpha [R] = Σ w, depth [R] = Σ w t / max(alpha, 1e-6), weights w [M]."""
     value: Tensor
@@ -392,6 +392,7 @@ class Composite(NamedTuple):
 class _Compositing(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sigma, values, t, first, step):
+        """Compiled compositing; keeps what its backward pass needs."""
         R, kind = len(first) - 1, sigma.dtype
         new = lambda *shape: torch.zeros(*shape, dtype=kind)
         out, through, step = (new(R, values.shape[1]), new(R), new(R), new(len(t))), new(len(t)), sigma.numpy().dtype.type(step)
