@@ -55,10 +55,11 @@ def results(run, x, weight, bias, offsets, dy):
 
 
 def close(got, want, tolerance):
+    "Within the tolerance of the largest value; a sum that cancels keeps the rounding of its terms, which are of order one here."
     for name, a, b in zip(("y", "dx", "dW", "db"), got, want):
         a, b = a.double().cpu(), b.double().cpu()
         assert a.shape == b.shape, name
-        if a.numel(): assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1e-12), (name, (a - b).abs().max().item(), b.abs().max().item())
+        if a.numel(): assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=0.1), (name, (a - b).abs().max().item(), b.abs().max().item())
 
 
 def truth(x, weight, bias, offsets, dy, relu):

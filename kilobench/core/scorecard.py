@@ -690,7 +690,7 @@ by {{ b.test.margin }}{{ b.unit }}: the dashed line{{ ' at ' + b.hurdle_text if 
 {% endfor %}</tbody></table></div></section>{% endif %}
 """
 
-# %% ../../nbs/core/08_scorecard.ipynb #0d950668
+# %% ../../nbs/core/08_scorecard.ipynb #ece2e55b
 TEMPLATES["more.html"] = """
 {% for row, sheet in edits.items() %}<section><h2>What if: {{ row }}</h2>
 {% if sheet.lines %}<p class="note">Every edit was made on teacher and student alike, all else held. A dash: not measured.</p>
@@ -705,7 +705,7 @@ TEMPLATES["more.html"] = """
 {% if costs.groups %}<section><h2>Cost</h2><p class="note">{{ machines }}</p>{{ bench(costs, 'Cost by row') }}</section>{% endif %}
 
 {% if ceilings %}<section><h2>Ceilings</h2>
-<p class="note">What any model could reach on this data, however large, and the share of it that {{ ceilings_of }} has.</p>
+<p class="note">What a student could reach on this data, however large, and the share of it that {{ ceilings_of }} has.</p>
 {{ open('Ceilings') }}<thead><tr><th scope="col">metric</th><th scope="col">ceiling</th><th scope="col">reached</th>
 <th scope="col">share</th><th scope="col" class="text">how it is known</th></tr></thead><tbody>
 {% for c in ceilings %}<tr><th scope="row">{{ c.metric }}</th><td>{{ c.value }}</td><td>{{ c.reached }}</td><td>{{ c.share }}</td>
