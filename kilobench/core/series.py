@@ -8,8 +8,8 @@ __all__ = ['STAGES', 'QUIET_THREADS', 'STUDENT_BYTES', 'PICTURE_BYTES', 'PICTURE
            'Watch', 'StageFailed', 'Stopped', 'execute', 'executed_copy', 'is_finished', 'run_series',
            'check_reference', 'publish_reference']
 
-# %% ../../nbs/core/12_series.ipynb #0d4b74d8
-import ast, functools, json, logging, os, re, shutil, signal, site, sys, tempfile, threading, time
+# %% ../../nbs/core/12_series.ipynb #f350ab1c
+import ast, functools, io, json, logging, os, re, shutil, signal, site, sys, tempfile, threading, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
@@ -296,8 +296,8 @@ def run_series(project: str, preset: str = "smoke", overrides: str | Sequence[st
     if reference: say(f"reference: {publish_reference(run)}")
     return run
 
-# %% ../../nbs/core/12_series.ipynb #d0076f93
-STUDENT_BYTES, PICTURE_BYTES, PICTURES_BYTES, REFERENCE_BYTES = 5 << 20, 300 << 10, 3 << 20, 25 << 20
+# %% ../../nbs/core/12_series.ipynb #7ac25201
+STUDENT_BYTES, PICTURE_BYTES, PICTURES_BYTES, REFERENCE_BYTES = 5 << 20, 400 << 10, 3 << 20, 25 << 20
 
 def check_reference(recipe: Recipe) -> None:
     """A reference shows its preset: overrides other than device and threads are a UserError."""
@@ -316,15 +316,21 @@ def _half(source: Path, goal: Path) -> None:
     if (size := goal.stat().st_size) > STUDENT_BYTES:
         raise UserError(f"{source}: {size / 2**20:.1f} MiB in fp16, a reference has at most {STUDENT_BYTES >> 20}; nothing was published")
 
-# %% ../../nbs/core/12_series.ipynb #e2a4f83f
-def _small_pictures(run: Run, say: Callable[[str], None]) -> list[Path]:
-    """The run's PNGs that are small enough, by name, until 3 MiB are full; what is left out is said."""
-    chosen, total = [], 0
+# %% ../../nbs/core/12_series.ipynb #3aa27119
+def _small_pictures(run: Run, say: Callable[[str], None]) -> dict[str, bytes]:
+    """Name → bytes of the run's PNGs, by name, until 3 MiB are full; a large one is kept in 256 colours. What is left out is said."""
+    chosen: dict[str, bytes] = {}
     for p in sorted(run.path("figures").glob("*.png")):
-        fits = p.stat().st_size <= PICTURE_BYTES and total + p.stat().st_size <= PICTURES_BYTES
-        if fits: chosen.append(p); total += p.stat().st_size
+        data = p.read_bytes()
+        if len(data) > PICTURE_BYTES: data = _in_256_colours(data)
+        if len(data) <= PICTURE_BYTES and sum(map(len, chosen.values())) + len(data) <= PICTURES_BYTES: chosen[p.name] = data
         else: say(f"  left out of the reference: figures/{p.name} ({p.stat().st_size >> 10} KiB)")
     return chosen
+
+def _in_256_colours(png: bytes) -> bytes:
+    from PIL import Image
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(out := io.BytesIO(), "PNG", optimize=True)
+    return out.getvalue()
 
 def publish_reference(run: Run, goal: Path | None = None, say: Callable[[str], None] = print) -> Path:
     """Copy what a finished run may publish to `goal` (default: the project's reference folder), replacing what was there; the folder."""
@@ -338,7 +344,7 @@ def publish_reference(run: Run, goal: Path | None = None, say: Callable[[str], N
     shutil.rmtree(new, ignore_errors=True)
     (new / "figures").mkdir(parents=True)
     for file in ("report.json", "manifest.json", "recipe.yaml"): shutil.copyfile(run.path(file), new / file)
-    for p in _small_pictures(run, say): shutil.copyfile(p, new / "figures" / p.name)
+    for name, data in _small_pictures(run, say).items(): (new / "figures" / name).write_bytes(data)
     for p in sorted(run.path("export").glob("*.safetensors")): _half(p, new / p.name)
     _swap(new, goal)
     return goal

@@ -285,7 +285,7 @@ def _thin(points: Any, colours: Any, limit: int) -> tuple[np.ndarray, np.ndarray
     stride = -(-len(p) // max(1, limit))
     return p[::stride], None if c is None else c[::stride]
 
-# %% ../../nbs/core/09_show.ipynb #b5de66b4
+# %% ../../nbs/core/09_show.ipynb #21501b20
 def view3d(points: Any, colours: Any = None, path: Any = None, size: float = 2, limit: int = 20_000, title: str = "") -> go.Figure:
     """Orbit view (plotly) of points [N, 3] with RGB colours [N, 3] in 0…1; `path` [M, 3] is drawn as a line (camera centres)."""
     p, c = _thin(points, colours, limit)
@@ -304,12 +304,14 @@ def scatter3d(points: Any, colours: Any = None, azimuths: Sequence[float] = (20,
               limit: int = 20_000) -> Plot:
     """Still pictures of points [N, 3] from several azimuths (degrees), for pages and papers."""
     p, c = _thin(points, colours, limit)
+    span = np.ptp(p, axis=0)
+    span = np.maximum(span, 1e-3 * max(span.max(), 1e-9))
     with style():
         fig = new_figure(2.6 * len(azimuths), 2.4)
         for i, azimuth in enumerate(azimuths):
             ax = fig.add_subplot(1, len(azimuths), i + 1, projection="3d")
             ax.scatter(*p.T, c=INK if c is None else c, s=size, linewidths=0, depthshade=c is None)
-            ax.view_init(20, azimuth); ax.set_aspect("equal"); ax.set_box_aspect(None, zoom=1.3)
+            ax.view_init(20, azimuth); ax.set_box_aspect(span, zoom=1.3)   # one unit is as long along all axes
             ax.set_axis_off(); ax.set_title(f"{azimuth:g}°", loc="center", color=MUTED)
     return fig
 
