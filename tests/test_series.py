@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+from PIL import Image
 from pydantic import Field
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -257,15 +258,23 @@ def finished(tmp_path, monkeypatch):
     run.path("export").mkdir()
     save_file({"w": np.full((8, 8), 0.1, np.float32), "index": np.arange(3)}, run.path("export/slots.safetensors"), {"config": '{"width": 8}'})
     run.figure("small").write_bytes(b"p" * 1000)
-    run.figure("large").write_bytes(b"p" * 400_000)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (800, 800, 3), np.uint8)).save(run.figure("large"))                 # noise: no fewer bytes in 256 colours
+    few = rng.integers(0, 256, (200, 3), np.uint8)
+    Image.fromarray(few[rng.integers(0, 200, (600, 600))]).save(run.figure("colours"))                       # 200 colours, stored as if there were many
     return run
+
+
+def run_size(run, figure): return run.figure(figure).stat().st_size
 
 
 def test_reference_takes_what_is_small_and_halves_the_student(finished, tmp_path):
     said = []
     goal = publish_reference(finished, tmp_path / "reference" / "toy" / "cpu", say=said.append)
-    assert sorted(str(p.relative_to(goal)) for p in goal.rglob("*.*")) == ["figures/small.png", "manifest.json", "recipe.yaml", "report.json", "slots.safetensors"]
-    assert any("large.png" in s for s in said)
+    assert sorted(str(p.relative_to(goal)) for p in goal.rglob("*.*")) == ["figures/colours.png", "figures/small.png", "manifest.json", "recipe.yaml", "report.json", "slots.safetensors"]
+    assert any("large.png" in s for s in said) and not any("colours.png" in s for s in said)
+    assert run_size(finished, "colours") > 400 << 10 >= (goal / "figures" / "colours.png").stat().st_size
+    assert (np.asarray(Image.open(goal / "figures" / "colours.png").convert("RGB")) == np.asarray(Image.open(finished.figure("colours")))).all()
     with safe_open(goal / "slots.safetensors", framework="numpy") as f:
         assert f.get_tensor("w").dtype == np.float16 and f.get_tensor("index").dtype == np.int64 and f.metadata() == {"config": '{"width": 8}'}
     (goal / "stale.png").write_bytes(b"")
