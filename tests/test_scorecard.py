@@ -12,7 +12,7 @@ from kilobench.core.metrics import Stamp
 from kilobench.core.recipe import Recipe, UserError
 from kilobench.core.run import Run, stage
 from kilobench.core.scorecard import (Collapse, Report, Row, Scorecard, StagePart, better, compare, decimals, flat_metrics, judge, judge_collapse,
-                                      label, merge, number, read_parts, rebuild, render_page)
+                                      label, merge, number, read_parts, rebuild, render_page, table)
 
 SHAPE = {"project", "preset", "stamp", "data", "rows", "criteria", "counterfactual", "collapsed", "seconds"}
 
@@ -233,13 +233,23 @@ def test_a_missing_report_and_a_damaged_part_are_named(run):
 def test_flat_metrics_and_directions():
     assert flat_metrics({"psnr": {"mean": 1, "p5": 2, "n": 9}, "a": {"b": {"mean": 3.0}}, "ok": True}) == {"psnr": 1, "psnr_p5": 2, "a/b": 3.0, "ok": 1}
     assert flat_metrics({"x": torch.tensor(1.5), "y": np.float32(2.5), "n": np.int64(3)}) == {"x": 1.5, "y": 2.5, "n": 3}
-    lower = {"lpips", "rand-LPIPS/iid", "FD(pixel)", "leakage", "null_change", "latency_ms_b1", "checkerboard", "undo_error", "params"}
+    lower = {"lpips", "rand-LPIPS/iid", "FD(pixel)", "leakage", "null_change", "latency_ms_b1", "checkerboard", "undo_error", "params", "seam"}
     higher = {"psnr/error", "ssim", "change_iou", "readback", "images_per_s", "order_equal", "psnr_p5", "speedup_b1", "effectiveness"}
     assert {m for m in lower | higher if better(m) == "lower"} == lower
 
 
 @pytest.mark.parametrize("value, text", [(37.4, "37.4"), (0.0, "0"), (163.157, "163"), (8.5e7, "85 M"), (1.9, "1.90"), (None, "—"), ("why", "n/a"), (99_999, "99,999")])
 def test_numbers_for_readers(value, text): assert number(value) == text
+
+
+def test_the_best_of_a_cost_is_the_cheap_and_the_fast_one(run):
+    card = Scorecard(run, {"preset": "smoke"})
+    card.row("teacher", "teacher", {}, {"fps": 99.0, "latency_ms_b1": 1.0})
+    card.row("fast", "student", {"psnr": 30.0}, {"fps": 10.0, "latency_ms_b1": 100.0, "images_per_s": 10.0, "params": 5})
+    card.row("slow", "baseline", {"psnr": 20.0}, {"fps": 5.0, "latency_ms_b1": 200.0, "images_per_s": 5.0, "params": 9})
+    card.write()
+    lines = [line for g in table(rebuild(run), "cost")["groups"] for line in g["lines"]]
+    assert len(lines) == 5 and all([c["best"] for c in line["cells"]] == [False, True, False] for line in lines)   # with the speed-up that follows
 
 
 def test_decimals_belong_to_the_group():

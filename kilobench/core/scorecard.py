@@ -440,7 +440,7 @@ def number(value: Value, places: int | None = None, suffix: str = "") -> str:
     if places is None: places = max(0, 2 - math.floor(math.log10(abs(v)))) if v and v != int(v) else 0
     return f"{v:,.{min(places, 6)}f}{suffix}"
 
-# %% ../../nbs/core/08_scorecard.ipynb #12ed090b
+# %% ../../nbs/core/08_scorecard.ipynb #c3187e41
 ASIDE = ("device", "threads", "repeats")     # of a cost: how it was measured, not what it was
 
 
@@ -468,7 +468,7 @@ def table(report: Report, part: Literal["metrics", "cost"]) -> dict[str, Any]:
         mine = [k for k in keys if k.split("/")[0] == name]
         cells = {k: {r.name: getattr(r, part)[k] for r in rows if k in getattr(r, part)} for k in mine}
         places = decimals(v for c in cells.values() for v in c.values()) if part == "metrics" else None
-        way = better(name) if part == "metrics" else "higher" if re.search("speedup|per_s$", name) else "lower"
+        way = better(name) if part == "metrics" else "higher" if re.search("speedup|per_s$|^fps$", name) else "lower"
         lines = [_line(k.partition("/")[2] or label(name), k, cells[k], rows, places, way) for k in mine]
         groups.append({"name": label(name), "unit": unit(name).strip("× "), "better": way, "lines": lines, "single": mine == [name]})
     return {"rows": rows, "groups": groups}
