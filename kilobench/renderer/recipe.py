@@ -51,13 +51,13 @@ class LossPart(Part):
     perceptual: float = Field(0.05, ge=0, description="weight of the frozen random perceptual net")
     foreground: float = Field(3.0, ge=0, description="extra weight of pixels that differ from the median image, in l1 and l2")
 
-# %% ../../nbs/renderer/00a_recipe.ipynb #c63f170c
+# %% ../../nbs/renderer/00a_recipe.ipynb #b4a3cd3e
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 400, "data.eval_share": 0.08, "counterfactuals": 8,
               "slots.dim": 48, "slots.layers": 1, "slots.hidden": 32, "film.dim": 32, "film.layers": 1, "film.heads": 4, "film.embed": 32,
               "film.channels": [16, 16, 8, 8], "film.blocks": 1,
               **{f"train.{k}": v for k, v in {"steps": 24, "batch": 32, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()},
-              **{f"baseline.{k}": v for k, v in {"steps": 24, "batch": 32, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()}},
+              **{f"baseline.{k}": v for k, v in {"steps": 24, "batch": 12, "lr": 3e-3, "ema": 0.8, "log_every": 4, "eval_every": 12, "save_every": 12}.items()}},
     "cpu": {"film.dim": 96, "film.layers": 2, "film.embed": 128, "film.channels": [96, 64, 32, 16], "film.blocks": 1,
             **{f"train.{k}": v for k, v in {"steps": 1600, "batch": 64, "lr": 3e-3, "schedule": "cosine", "warmup": 0.06, "betas": [0.9, 0.99],
                                             "weight_decay": 1e-4, "ema": 0.99, "log_every": 20, "eval_every": 400, "save_every": 200}.items()},
