@@ -177,7 +177,10 @@ def test_a_student_is_found_in_a_run_in_the_newest_or_nowhere(tmp_path, monkeypa
         run.path("export").mkdir()
         run.path("export", "kilo.safetensors").touch()
     assert find("first") == find(str(first.dir)) == first.path("export", "kilo.safetensors")
-    assert find() in (first.path("export", "kilo.safetensors"), second.path("export", "kilo.safetensors"))
+    for newer, older in ((first, second), (second, first)):
+        for run, when in ((older, 1e9), (newer, 2e9)):
+            for p in (run.dir, *run.dir.rglob("*")): os.utime(p, (when, when))
+        assert find() == newer.path("export", "kilo.safetensors")
     with pytest.raises(UserError, match="holds no trained baseline"): find("second", "baseline")
 
 

@@ -313,6 +313,7 @@ def test_an_edit_concerns_the_cells_of_what_it_changes(finished):
     assert torch.bincount(kept[kept >= 0], minlength=27).ne(torch.bincount((c := cell_of(made.splats.means, box, cells))[c >= 0], minlength=27)).equal(gone)
     followed = follow(finished, made, student, "delete top")
     for p, q in zip(followed.field.parameters(), student.field.parameters()): assert torch.equal(p[~gone], q[~gone])
+    assert all((p[gone] != q[gone]).any() for p, q in zip(followed.field.parameters(), student.field.parameters()))
 
 
 def test_predict_draws_a_view_and_a_path(finished, tmp_path, monkeypatch, capsys):

@@ -416,7 +416,7 @@ def test_manifest_says_what_it_ran_on(monkeypatch):
 
 
 OPENER = """
-import os, sys, time
+import sys
 from kilobench.core import run as module
 from kilobench.core.recipe import Recipe
 from kilobench.core.run import Run
@@ -425,29 +425,34 @@ class Toy(Recipe):
     presets = {"smoke": {}, "cpu": {}, "full": {}}
     n: int = 1
 module.__version__ = sys.argv[2]
-while time.time() < float(sys.argv[3]): pass
-try: Run.open(Toy.make("smoke", sys.argv[4]), sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+try: Run.open(Toy.make("smoke", sys.argv[3]), sys.argv[1])
 except Exception as e: sys.exit(f"{type(e).__name__}: {e}")
 """
 
 
-def open_elsewhere(folder, *asked, at=0.0):
-    """Open a run in processes of their own, one for each (version, overrides), all at the time `at`; what each said on stderr."""
-    them = [subprocess.Popen([sys.executable, "-c", OPENER, str(folder), version, str(at), overrides], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+def open_elsewhere(folder, *asked):
+    """Open a run in processes of their own, one for each (version, overrides), all released together once each is ready; what each said on stderr."""
+    them = [subprocess.Popen([sys.executable, "-c", OPENER, str(folder), version, overrides], stdin=subprocess.PIPE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for version, overrides in asked]
+    assert [p.stdout.readline() for p in them] == ["ready\n"] * len(them)
+    for p in them:
+        p.stdin.write("\n")
+        p.stdin.flush()
     return [p.communicate()[1] for p in them]
 
 
 def test_of_two_recipes_that_open_one_folder_at_once_one_is_refused(tmp_path):
-    said = open_elsewhere(tmp_path / "run", *(("1", f"n={1 + k % 2}") for k in range(4)), at=time.time() + 3)
+    said = open_elsewhere(tmp_path / "run", *(("1", f"n={1 + k % 2}") for k in range(4)))
     assert sum("holds a run of another recipe" in s for s in said) == 2 and sum(not s for s in said) == 2, said
 
 
 def test_many_that_open_a_run_while_another_works_in_it_lose_nothing(tmp_path):
     assert open_elsewhere(tmp_path / "run", ("1", "")) == [""]
-    run, at = RunRecord(tmp_path / "run"), time.time() + 3
+    run = RunRecord(tmp_path / "run")
     with run.lock(), ThreadPoolExecutor(1) as pool:
-        others = pool.submit(open_elsewhere, run.dir, *((f"v{k}", "") for k in range(6)), at=at)
+        others = pool.submit(open_elsewhere, run.dir, *((f"v{k}", "") for k in range(6)))
         for k in itertools.count():
             run._note(**{f"fact {k}": k})
             if others.done(): break
@@ -535,38 +540,44 @@ def test_numbers_do_not_depend_on_whether_a_stage_was_computed_or_loaded(outputs
     assert torch.rand(1) == expect, "a stage leaves its caller's random state alone"
 
 
-def test_seconds_of_a_stage_are_its_own():
+@pytest.fixture
+def spend(monkeypatch):
+    """spend(seconds) on a clock of our own, which stands still otherwise."""
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    def spend(seconds): now[0] += seconds
+    return spend
+
+
+def test_seconds_of_a_stage_are_its_own(spend):
     run = Run.open(Toy.make())
-    def work():
-        end = time.perf_counter() + 0.05
-        while time.perf_counter() < end: pass
     @stage()
-    def data(run): work()
+    def data(run): spend(5)
     @stage()
-    def train(run): data(run)
-    start = time.perf_counter()
+    def train(run):
+        spend(1)
+        data(run)
+        spend(2)
     train(run)
-    elapsed = time.perf_counter() - start
-    assert 0.05 <= run.seconds["data"] and sum(run.seconds.values()) <= elapsed
+    assert run.seconds == {"data": 5, "train": 3}
 
 
-def test_what_a_stage_loads_through_other_stages_is_counted_once():
+def test_what_a_stage_loads_through_other_stages_is_counted_once(spend):
     run = Run.open(Toy.make())
-    def slow(run): time.sleep(0.03)
-    @stage(load=slow)
+    @stage(load=lambda run: spend(30))
     def data(run): pass
     @stage(load=lambda run: data(run))
     def train(run): data(run)
     @stage()
     def evaluate(run):
         data(run); train(run)
-        time.sleep(0.02)
+        spend(20)
     @stage()
     def counterfactual(run): train(run)  # nothing of its own
     train(run)
     evaluate(run)
     counterfactual(run)
-    assert 0.02 <= run.seconds["evaluate"] < 0.05 and 0 <= run.seconds["counterfactual"] < 0.02
+    assert run.seconds["evaluate"] == 20 and run.seconds["counterfactual"] == 0
 
 
 def test_a_stage_without_load_returns_its_value_the_first_time():
