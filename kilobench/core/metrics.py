@@ -83,10 +83,10 @@ def import_torchvision():
     _fragments.append(library)
     return importlib.import_module("torchvision")
 
-# %% ../../nbs/core/06_metrics.ipynb #961fcca1
+# %% ../../nbs/core/06_metrics.ipynb #2abc2d8f
 SSIM_STAMP = "gaussian 11x11, sigma 1.5, K 0.01/0.03, range 1, mean over the interior and channels (torchmetrics)"
 
-_SSIM_VALUES = 1 << 18  # at a time, so that its five maps stay in cache: 200 frames of 200² take 2 s so, 20 s in one piece
+_SSIM_VALUES = 1 << 18  # at a time, so that its five maps stay in cache; many frames in one piece take several times as long
 
 
 def ssim(pred: Tensor, target: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def cell_of(x: Tensor, box: Tensor, grid: Sequence[int]) -> Tensor:
     ok = ((u >= 0) & (u < size)).all(1)
     return torch.where(ok, (u[:, 0] * grid[1] + u[:, 1]) * grid[2] + u[:, 2], torch.full_like(u[:, 0], -1))
 
-# %% ../../nbs/kilonerf/04_counterfactual.ipynb #b2de4578
+# %% ../../nbs/kilonerf/04_counterfactual.ipynb #715cbbaf
 @dataclass(frozen=True)
 class Asked:
     """An edit of the scene, and where the camera stands: azimuth and elevation in degrees, distance in scene units."""
@@ -87,7 +87,7 @@ class Asked:
     size: int = 200
 
     @property
-    def camera(self) -> Camera: return orbit(self.azimuth % 360, self.elevation, self.radius, self.size, FOV)
+    def camera(self) -> Camera: return orbit(self.azimuth, self.elevation, self.radius, self.size, FOV)
 
 
 def edits_of(cells: Sequence[int]) -> Callable[[Asked], list[Edit]]:
