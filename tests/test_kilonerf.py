@@ -1,16 +1,12 @@
 """The kilonerf project: model, losses, stages and commands, on real parts at toy size. Its library notebooks have test files of their own."""
 import math
-import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from project_runs import assert_one_line, assert_same_training, finished_run, kill_in_training
 
 from kilobench.core.metrics import psnr
 from kilobench.core.recipe import UserError
@@ -247,15 +243,7 @@ def test_kept_pixels_lie_where_they_should():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     "One tiny run with everything done."
-    from kilobench.kilonerf.counterfactual import counterfactual
-    from kilobench.kilonerf.evaluate import evaluate
-    old = os.environ["KILOBENCH_OUTPUTS"]
-    os.environ["KILOBENCH_OUTPUTS"] = str(tmp_path_factory.mktemp("outputs"))
-    run = open_run("kilonerf", "smoke", "", TINY)
-    evaluate(run)
-    counterfactual(run)
-    yield run
-    os.environ["KILOBENCH_OUTPUTS"] = old
+    yield from finished_run("kilonerf", TINY, tmp_path_factory.mktemp("outputs"))
 
 
 def test_the_report_has_every_row_with_its_role(finished):
@@ -342,43 +330,15 @@ def test_a_folder_of_your_own_trains_the_same_student(finished, tmp_path, output
     with pytest.raises(UserError, match="point_cloud.ply"): data(open_run("kilonerf", "smoke", "", f"{TINY} scene.folder='{own}'"))
 
 
-KILL = """
-from kilobench.core.run import open_run
-from kilobench.kilonerf.train import train
-from kilobench.core import training
-run = open_run("kilonerf", "smoke", "", sys.argv[1])
-step = training.Progress.on_step
-def on_step(self, state):
-    print("step", state.name, state.step, flush=True)
-    sys.stdin.readline()
-    step(self, state)
-training.Progress.on_step = on_step
-train(run)
-"""
-
-
 def test_killed_in_any_training_the_series_ends_the_same(outputs, start, finished):
     "SIGKILL in the warm start, among the rays and in the baseline; the resumed weights equal the undisturbed ones, bit for bit."
-    for name, at in (("warm", 3), ("student", 3), ("student", 5), ("baseline", 3)):
-        p = start(KILL, TINY, env={"KILOBENCH_OUTPUTS": str(outputs)}, before="import sys\n")
-        for line in p.stdout:
-            if not line.startswith("step"): continue
-            if line.split()[1] == name and int(line.split()[2]) >= at: break
-            p.stdin.write("\n")
-            p.stdin.flush()
-        p.send_signal(signal.SIGKILL)
-        assert p.wait() == -signal.SIGKILL
+    for name, at in (("warm", 3), ("student", 3), ("student", 5), ("baseline", 3)): kill_in_training(start, outputs, "kilonerf", TINY, name, at)
     run = open_run("kilonerf", "smoke", "", TINY)
     train(run)
-    for name in ("student", "baseline"):
-        a, b = (load_file(r.path("checkpoints", name, "last", f"{name}.ema.safetensors")) for r in (run, finished))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        steps = lambda r, name=name: [line.split(",")[0] for line in r.path(f"metrics-{name}.csv").read_text().splitlines()]
-        assert steps(run) == steps(finished)
+    for name in ("student", "baseline"): assert_same_training(run, finished, name)
 
 
 def test_the_command_line_says_a_mistake_in_one_line(outputs):
     for args, said in ((["run", "kilonerf", "student.gird=3"], "student.grid"), (["predict", "kilonerf", "--run", "nowhere"], "no such run"),
                        (["run", "kilonerf", "scene.folder=/nowhere"], "/nowhere"), (["check", "kilonerf", "--folder", "/nowhere"], "/nowhere")):
-        p = subprocess.run([sys.executable, "-m", "kilobench", *args], capture_output=True, text=True, env=os.environ | {"KILOBENCH_OUTPUTS": str(outputs)})
-        assert p.returncode == 2 and said in p.stderr and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
+        assert_one_line(outputs, args, said)

@@ -1,9 +1,6 @@
 """The renderer project: grammar, teacher, reader, data, students and commands, on real parts at toy size."""
 import io
 import json
-import os
-import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from safetensors.torch import load_file
+from project_runs import assert_one_line, assert_same_training, finished_run, kill_in_training
 
 from kilobench.core.metrics import psnr
 from kilobench.core.recipe import UserError
@@ -322,15 +319,7 @@ def test_a_loss_term_of_weight_0_is_absent():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     "One tiny run with everything done."
-    from kilobench.renderer.counterfactual import counterfactual
-    from kilobench.renderer.evaluate import evaluate
-    old = os.environ["KILOBENCH_OUTPUTS"]
-    os.environ["KILOBENCH_OUTPUTS"] = str(tmp_path_factory.mktemp("outputs"))
-    run = open_run("renderer", "smoke", "", TINY)
-    evaluate(run)
-    counterfactual(run)
-    yield run
-    os.environ["KILOBENCH_OUTPUTS"] = old
+    yield from finished_run("renderer", TINY, tmp_path_factory.mktemp("outputs"))
 
 
 def test_the_report_has_every_row_with_its_role(finished):
@@ -400,43 +389,15 @@ def test_pictures_of_your_own_train_the_same_students(outputs, tmp_path):
     assert all(s >= 0 for s in report.seconds.values()) and set(report.seconds) >= {"train", "evaluate", "counterfactual"}
 
 
-KILL = """
-from kilobench.core.run import open_run
-from kilobench.renderer.train import train
-from kilobench.core import training
-run = open_run("renderer", "smoke", "", sys.argv[1])
-step = training.Progress.on_step
-def on_step(self, state):
-    print("step", state.name, state.step, flush=True)
-    sys.stdin.readline()
-    step(self, state)
-training.Progress.on_step = on_step
-train(run)
-"""
-
-
 def test_killed_at_any_step_the_series_ends_the_same(outputs, start, finished):
     "SIGKILL in the middle of either training; the weights of the resumed run equal those of the undisturbed one, bit for bit."
-    for name, at in (("slots", 3), ("slots", 5), ("film", 1)):
-        p = start(KILL, TINY, env={"KILOBENCH_OUTPUTS": str(outputs)}, before="import sys\n")
-        for line in p.stdout:
-            if not line.startswith("step"): continue
-            if line.split()[1] == name and int(line.split()[2]) >= at: break
-            p.stdin.write("\n")
-            p.stdin.flush()
-        p.send_signal(signal.SIGKILL)
-        assert p.wait() == -signal.SIGKILL
+    for name, at in (("slots", 3), ("slots", 5), ("film", 1)): kill_in_training(start, outputs, "renderer", TINY, name, at)
     run = open_run("renderer", "smoke", "", TINY)
     train(run)
-    for name in STUDENTS:
-        a, b = (load_file(r.path("checkpoints", name, "last", f"{name}.ema.safetensors")) for r in (run, finished))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-        read_csv = lambda r: [line.split(",")[0] for line in r.path(f"metrics-{name}.csv").read_text().splitlines()]
-        assert read_csv(run) == read_csv(finished)
+    for name in STUDENTS: assert_same_training(run, finished, name)
 
 
 def test_the_command_line_says_a_mistake_in_one_line(outputs):
     for args, said in ((["run", "renderer", "data.nn=3"], "data.n"), (["predict", "renderer", "--text", "a red bal", "--run", "nowhere"], "no such run"),
                        (["run", "rendrer"], "renderer"), (["data", "renderer", "--check", "/nowhere"], "captions.jsonl")):
-        p = subprocess.run([sys.executable, "-m", "kilobench", *args], capture_output=True, text=True, env=os.environ | {"KILOBENCH_OUTPUTS": str(outputs)})
-        assert p.returncode == 2 and said in p.stderr and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
+        assert_one_line(outputs, args, said)

@@ -1,0 +1,62 @@
+"""What the tests of every project do with its stages: finish a tiny run, kill one and go on, say a mistake on the command line."""
+import importlib
+import os
+import signal
+import subprocess
+import sys
+
+import torch
+from safetensors.torch import load_file
+
+from kilobench.core.run import open_run
+
+KILL = """
+import importlib, sys
+from kilobench.core import training
+from kilobench.core.run import open_run
+project, values = sys.argv[1:]
+run = open_run(project, "smoke", "", values)
+step = training.Progress.on_step
+def on_step(self, state):
+    print("step", state.name, state.step, flush=True)
+    sys.stdin.readline()
+    step(self, state)
+training.Progress.on_step = on_step
+importlib.import_module(f"kilobench.{project}.train").train(run)
+"""
+
+
+def finished_run(project, values, folder):
+    """One run of a project at smoke size with `values`, everything done, under an outputs folder of its own; for a module's fixture (`yield from`)."""
+    old = os.environ["KILOBENCH_OUTPUTS"]
+    os.environ["KILOBENCH_OUTPUTS"] = str(folder)
+    run = open_run(project, "smoke", "", values)
+    for stage in ("evaluate", "counterfactual"): getattr(importlib.import_module(f"kilobench.{project}.{stage}"), stage)(run)
+    yield run
+    os.environ["KILOBENCH_OUTPUTS"] = old
+
+
+def kill_in_training(start, outputs, project, values, name, at):
+    """SIGKILL a process that trains, at step `at` of the training `name`."""
+    p = start(KILL, project, values, env={"KILOBENCH_OUTPUTS": str(outputs)}, before="")
+    for line in p.stdout:
+        if not line.startswith("step"): continue
+        if line.split()[1] == name and int(line.split()[2]) >= at: break
+        p.stdin.write("\n")
+        p.stdin.flush()
+    p.send_signal(signal.SIGKILL)
+    assert p.wait() == -signal.SIGKILL
+
+
+def assert_same_training(run, whole, name):
+    """Two runs have bit-equal averaged weights of a training, and a log with the same steps."""
+    a, b = (load_file(r.path("checkpoints", name, "last", f"{name}.ema.safetensors")) for r in (run, whole))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    mine, theirs = ([line.split(",")[0] for line in r.path(f"metrics-{name}.csv").read_text().splitlines()] for r in (run, whole))
+    assert mine == theirs and len(mine) > 1
+
+
+def assert_one_line(outputs, args, said):
+    """A mistake on the command line is exit code 2 and one line that says what is meant."""
+    p = subprocess.run([sys.executable, "-m", "kilobench", *args], capture_output=True, text=True, env=os.environ | {"KILOBENCH_OUTPUTS": str(outputs)})
+    assert p.returncode == 2 and said in p.stderr and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
