@@ -77,6 +77,17 @@ def test_the_encoding_is_sines_of_doubling_frequency():
     assert torch.allclose(encode(u, 4), want, atol=1e-5) and encode(u, 0) is u
 
 
+def test_without_a_view_direction_colour_is_the_same_from_everywhere():
+    field = small(position_freqs=0, direction_freqs=-1).field
+    assert field.weights[0].shape[1] == 3 and field.weights[3].shape[1] == 8   # plain coordinates; the hidden layer alone
+    x = torch.rand(300, 3) * 2 - 1
+    a, b = (field(x, F.normalize(torch.randn(300, 3), dim=1)) for _ in range(2))
+    assert torch.equal(a.rgb, b.rgb) and torch.equal(a.sigma, b.sigma) and encode(x, -1).shape == (300, 0)
+    seen = small(direction_freqs=0).field
+    assert not torch.equal(*(seen(x, F.normalize(torch.randn(300, 3), dim=1)).rgb for _ in range(2)))
+    assert KilonerfRecipe.make("seed").student.direction_freqs == -1, "the seed's networks saw no direction"
+
+
 def test_blending_closes_the_jumps_at_faces():
     assert face_jump(small(margin=0.0)) > 3 * face_jump(small(margin=0.08))
 

@@ -36,7 +36,7 @@ class TeacherPart(Part):
     elevation: tuple[float, float] = Field((-5.0, 88.0), description="elevation of the cameras, degrees")
     away: float = Field(1.0, ge=0, description="smallest angle to a test pose, degrees")
 
-# %% ../../nbs/kilonerf/00f_recipe.ipynb #dc9b3c4c
+# %% ../../nbs/kilonerf/00f_recipe.ipynb #734b29ea
 class StudentPart(Part):
     """A grid of tiny MLPs, and how rays cross it. The defaults are the seed's network."""
     grid: tuple[int, int, int] = Field((6, 6, 6), description="cells along x, y, z")
@@ -44,7 +44,7 @@ class StudentPart(Part):
     layers: int = Field(4, ge=1, le=8, description="hidden layers before the density")
     colour_hidden: int = Field(64, ge=4, le=512, description="width of the layer that sees the view direction")
     position_freqs: int = Field(4, ge=0, le=12, description="octaves of the positional encoding of cell-local coordinates; 0: plain coordinates")
-    direction_freqs: int = Field(2, ge=0, le=6, description="octaves of the encoding of view directions; 0: plain direction")
+    direction_freqs: int = Field(2, ge=-1, le=6, description="octaves of the encoding of view directions; 0: plain direction, -1: none, colour does not see it")
     margin: float = Field(0.08, ge=0, le=0.45, description="neighbouring cells are blended within this distance of their common face, cell widths; 0: hard faces")
     step: int = Field(160, ge=16, le=2048, description="samples along the longest side of the box")
     occupancy: int = Field(96, ge=8, le=512, description="occupancy cells along the longest side of the box")
@@ -76,7 +76,7 @@ class FeaturePart(Part):
     mask_soft: float = Field(0.10, gt=0, le=1, description="width of the transition around the threshold")
     patience: int = Field(200, ge=1, description="the run stops when the share of counted features stays at 0 for so many steps")
 
-# %% ../../nbs/kilonerf/00f_recipe.ipynb #6bba3abc
+# %% ../../nbs/kilonerf/00f_recipe.ipynb #72dc6bbf
 def _train(prefix: str, **values: Any) -> dict[str, Any]: return {f"{prefix}.{k}": v for k, v in values.items()}
 
 
@@ -94,7 +94,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             **_train("warm", steps=300, batch=32_768, lr=5e-3, schedule="cosine", clip=0.0, log_every=20, eval_every=150, save_every=100),
             **_train("train", steps=2500, batch=4096, lr=3e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=1000, save_every=250),
             **_train("baseline", steps=1900, batch=4096, lr=5e-3, schedule="cosine", ema=0.98, log_every=50, eval_every=500, save_every=250)},
-    "seed": {"scene.size": 800, "teacher.poses": 1000, "teacher.rays": 20_000, "teacher.feature_rays": 2000, "student.position_freqs": 0, "student.direction_freqs": 0, "student.step": 256,
+    "seed": {"scene.size": 800, "teacher.poses": 1000, "teacher.rays": 20_000, "teacher.feature_rays": 2000, "student.position_freqs": 0, "student.direction_freqs": -1, "student.step": 256,
              **_train("warm", steps=2000, batch=131_072, lr=2e-3, schedule="cosine"),
              **{k: v for part in ("train", "baseline") for k, v in _train(part, steps=50_000, batch=1024, lr=5e-4, optimiser="adam", schedule="cosine2", warmup=0.0, ema=0.999,
                                                                         log_every=100, eval_every=5000, save_every=1000).items()}, "seed": 2025},
