@@ -1,7 +1,6 @@
 """The design project: scenes and their odds, oracle, data on disk, networks and commands, on real parts at toy size."""
 import json
 from dataclasses import replace
-from itertools import combinations
 from math import log
 
 import numpy as np
@@ -15,16 +14,16 @@ from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report, Scorecard
 from kilobench.design import commands, data as data_module
-from kilobench.design.counterfactual import ask_oracle, as_picture, edits_of, explorer, pictures_of, score_changes
+from kilobench.design.counterfactual import edits_of, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import controls, readers
-from kilobench.design.model import Abstractor, Compact, Teachers, UNet, build, by_side, check_sizes, levels_of, planes, soft
-from kilobench.design.oracle import (DAMAGES, LUMINANCE, SCORES, alignment, alignment_loss, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
-                                     replace_elements, shuffled)
+from kilobench.design.model import Teachers, build, by_side, check_sizes, levels_of, planes
+from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
+                                     replace_elements)
 from kilobench.design.recipe import DataPart, DesignRecipe, LossPart
-from kilobench.design.render import LEVELS, N_COLOURS, harden, layers, outline, render
+from kilobench.design.render import harden, layers, outline, render
 from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_ELEMENTS, PALETTES, SIDE, Element, Scene, ceilings, check_scene, draw_scene, from_json, goal_odds, guess_goal,
-                                    labels_of, moved, to_json)
+                                    labels_of, to_json)
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
 from kilobench.design.train import answer_loss, composite_loss, load_trained, student_loss, train, turned
 
@@ -190,8 +189,9 @@ def test_contrast_is_wcags_on_declared_colours():
     red = [0xd7 / 255, 0x26 / 255, 0x3d / 255]
     assert luminance("red") == pytest.approx(sum(c * (((v + 0.055) / 1.055) ** 2.4) for c, v in zip((0.2126, 0.7152, 0.0722), red)), rel=1e-5)
     text = page(box(0, 0, 64, 64), box(10, 10, 20, 9, "headline", "ink"), box(40, 10, 12, 6, "button", "accent"))   # on a sand picture; pictures are not asked
-    a, b = log(contrast_ratio("ink", "sand")) * 180, log(contrast_ratio("red", "sand")) * 72
-    assert contrast(text) == pytest.approx((a + b) / 252 / log(21))
+    pill = int((outline("pill", 12, 6) >= 0.5).sum())
+    a, b = log(contrast_ratio("ink", "sand")) * 180, log(contrast_ratio("red", "sand")) * pill
+    assert 60 < pill < 72 and contrast(text) == pytest.approx((a + b) / (180 + pill) / log(21))
 
 
 def test_hierarchy_is_kendalls_tau_b_of_priorities_and_weights():
@@ -201,6 +201,13 @@ def test_hierarchy_is_kendalls_tau_b_of_priorities_and_weights():
     two = page(box(2, 2, 4, 5, "headline", "muted"), box(2, 30, 20, 20), box(30, 30, 4, 4, "panel", "accent"))    # 1 of 3 pairs in order
     assert hierarchy(two) == pytest.approx((1 / 3 * -1 + 1) / 2) or hierarchy(two) == pytest.approx((1 / 3 + 1) / 2)
     assert hierarchy(page(picture)) == 1
+
+
+def test_what_is_covered_weighs_nothing():
+    below, above = box(8, 8, 30, 30), box(8, 8, 30, 20, "panel", "accent")
+    assert areas(page(below, above)).tolist() == [300, 600] and balance(page(below, above)) == balance(page(below))
+    words = box(10, 10, 20, 3, "caption", "ink")
+    assert areas(page(above, words)).tolist() == [540, 60]
 
 
 def test_every_score_falls_under_its_own_damage_at_every_step():

@@ -239,6 +239,40 @@ def test_frechet_distance_is_the_closed_form():
     assert M.frechet_distance(b, a) == pytest.approx(want, rel=1e-9) and M.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
 
 
+def test_kernel_mmd_is_unbiased_and_the_plain_sum():
+    g = torch.Generator().manual_seed(0)
+    a, b = torch.randn(6, 3, generator=g), torch.randn(5, 3, generator=g) + 0.3
+    k = lambda x, y: (float(x.double() @ y.double()) / 3 + 1) ** 3
+    mean = lambda pairs: sum(pairs) / len(pairs)
+    want = (mean([k(x, y) for i, x in enumerate(a) for j, y in enumerate(a) if i != j]) + mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
+            - 2 * mean([k(x, y) for x in a for y in b]))
+    assert M.kernel_mmd(a, b) == pytest.approx(want, rel=1e-9)
+    many = [M.kernel_mmd(torch.randn(20, 4, generator=g), torch.randn(30, 4, generator=g)) for _ in range(300)]
+    assert abs(np.mean(many)) < 4 * np.std(many) / 300 ** .5 and min(many) < 0      # centred on zero, on both sides of it
+    assert M.kernel_mmd(torch.randn(50, 4, generator=g), torch.randn(50, 4, generator=g) + 1) > max(many)
+
+
+def test_precision_and_recall_tell_poor_from_few():
+    g = torch.Generator().manual_seed(1)
+    real, same = torch.randn(200, 4, generator=g), torch.randn(200, 4, generator=g)
+    far, few = torch.randn(200, 4, generator=g) + 20, same[:4].repeat(50, 1) + 1e-3 * torch.randn(200, 4, generator=g)
+    rows = {name: M.precision_recall(real, fake) for name, fake in {"same": same, "far": far, "few": few}.items()}
+    assert rows["far"] == {"precision": 0, "recall": 0, "density": 0, "coverage": 0}
+    assert min(rows["same"].values()) > 0.8 and rows["few"]["precision"] > 0.7 and rows["few"]["recall"] < 0.1 and rows["few"]["coverage"] < 0.3
+    exact = M.precision_recall(torch.tensor([[0.], [1.], [3.], [7.]]), torch.tensor([[0.4], [2.9], [20.], [21.]]), k=1)
+    assert exact == {"precision": 0.5, "recall": 0.75, "density": 0.75, "coverage": 0.75}
+    with pytest.raises(UserError, match="choose a smaller k"): M.precision_recall(real[:5], same, k=5)
+    with pytest.raises(UserError, match="features must be"): M.precision_recall(real, same[:, :2])
+
+
+def test_items_of_the_training_set_are_called_memorised():
+    g = torch.Generator().manual_seed(2)
+    train, held, fresh = (torch.randn(300, 6, generator=g) for _ in range(3))
+    assert M.memorised(train[:50] + 1e-4, held, train) == 1 and M.memorised(fresh, held, train) < 0.05
+    d, i = M.nearest_training(train[[4, 9]], train)
+    assert i.tolist() == [4, 9] and d.max() < 1e-3
+
+
 def test_frechet_distance_with_fewer_samples_than_features():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(6, 40, generator=g), torch.randn(9, 40, generator=g) + .3

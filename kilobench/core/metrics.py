@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PSNR_CAP', 'SSIM_STAMP', 'TRUNKS', 'to_uint8', 'psnr', 'psnr_masked', 'import_torchvision', 'ssim', 'summarize',
            'blank', 'mean_image', 'shift', 'controls', 'image_metrics', 'trunk_file', 'LPIPS', 'rand_lpips', 'iou',
-           'frechet_distance', 'fd_with_floor', 'radial_power', 'spectrum_gap', 'checkerboard_energy', 'parameters',
-           'size_on_disk', 'flops', 'device_name', 'compare_latency', 'latency', 'Power', 'in_turn', 'cost', 'Stamp']
+           'frechet_distance', 'fd_with_floor', 'kernel_mmd', 'precision_recall', 'nearest_training', 'memorised',
+           'radial_power', 'spectrum_gap', 'checkerboard_energy', 'parameters', 'size_on_disk', 'flops', 'device_name',
+           'compare_latency', 'latency', 'Power', 'in_turn', 'cost', 'Stamp']
 
 # %% ../../nbs/core/06_metrics.ipynb #092cd3dd
 import gc
@@ -232,13 +233,18 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     union = (a | b).sum(1)
     return torch.where(union == 0, 1.0, (a & b).sum(1) / union.clamp(min=1))
 
-# %% ../../nbs/core/06_metrics.ipynb #d3fe60dd
+# %% ../../nbs/core/06_metrics.ipynb #ac620276
+def _check_features(what: str, a: Tensor, b: Tensor) -> None:
+    "Two finite sets [N, D] and [M, D], at least two each."
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
+        raise UserError(f"{what}: features must be [N, D] and [M, D] with N, M ≥ 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if not (a.isfinite().all() and b.isfinite().all()): raise UserError(f"{what}: the features are not finite")
+
+
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet distance between Gaussians fitted to features [N, D] and [M, D]; float64; any N, M ≥ 2, also below D; ≥ 0."""
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise UserError(f"frechet_distance: features must be [N, D] and [M, D] with N, M ≥ 2, got {tuple(a.shape)} and {tuple(b.shape)}")
+    _check_features("frechet_distance", a, b)
     a, b = a.detach().double().cpu(), b.detach().double().cpu()
-    if not (a.isfinite().all() and b.isfinite().all()): raise UserError("frechet_distance: the features are not finite")
     root = lambda x: torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** .5, mode="r").R      # R'R is the covariance
     ra, rb = root(a), root(b)
     between = (a.mean(0) - b.mean(0)).square().sum()
@@ -256,6 +262,39 @@ def fd_with_floor(extractor: str, real: Tensor, fake: Tensor, seed: int = 0) -> 
     pick, other = torch.randperm(len(real), generator=g), torch.randperm(len(fake), generator=g)
     half, rest, some = real[pick[:n]], real[pick[n:2 * n]], fake[other[:n]]
     return {f"FD({extractor})": frechet_distance(some, half), f"FD({extractor}) floor": frechet_distance(rest, half), "n": n}
+
+# %% ../../nbs/core/06_metrics.ipynb #418ecf91
+def kernel_mmd(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared maximum mean discrepancy of features [N, D] and [M, D] with the cubic kernel; 0 in expectation for equal distributions."""
+    _check_features("kernel_mmd", a, b)
+    a, b = a.detach().double().cpu(), b.detach().double().cpu()
+    k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    within = lambda x: (k(x, x).sum() - k(x, x).diagonal().sum()) / (len(x) * (len(x) - 1))
+    return float(within(a) + within(b) - 2 * k(a, b).mean())
+
+# %% ../../nbs/core/06_metrics.ipynb #d5c24217
+def precision_recall(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+    """{precision, recall, density, coverage} of features [N, D] and [M, D] by k-nearest-neighbour balls; density may exceed 1."""
+    _check_features("precision_recall", real, fake)
+    if not 1 <= k < min(len(real), len(fake)): raise UserError(f"precision_recall: k = {k} neighbours among {len(real)} and {len(fake)} items; choose a smaller k")
+    r, f = real.detach().double().cpu(), fake.detach().double().cpu()
+    ball = lambda x: torch.cdist(x, x).kthvalue(k + 1, dim=1).values    # the nearest is the item itself
+    apart, of_real, of_fake = torch.cdist(r, f), ball(r), ball(f)
+    inside = apart <= of_real[:, None]
+    return {"precision": inside.any(0).double().mean().item(), "recall": (apart <= of_fake).any(1).double().mean().item(),
+            "density": (inside.sum(0).double().mean() / k).item(), "coverage": inside.any(1).double().mean().item()}
+
+# %% ../../nbs/core/06_metrics.ipynb #418bfa59
+def nearest_training(items: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+    """(distance [N], index [N]) of each item's nearest training item; features, or pictures flattened: [N, D] and [M, D]."""
+    _check_features("nearest_training", items, train)
+    return tuple(torch.cdist(items.float(), train.float()).min(1))
+
+
+def memorised(fake: Tensor, held_out: Tensor, train: Tensor, quantile: float = 0.01) -> float:
+    """Share of samples nearer to a training item than all but a `quantile` of held-out real items are; about the quantile where nothing is memorised."""
+    line = nearest_training(held_out, train)[0].quantile(quantile)
+    return (nearest_training(fake, train)[0] < line).double().mean().item()
 
 # %% ../../nbs/core/06_metrics.ipynb #48f2afc2
 def _power(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
