@@ -1,6 +1,7 @@
 """The design project: scenes and their odds, oracle, data on disk, networks and commands, on real parts at toy size."""
 import json
 from dataclasses import replace
+from itertools import combinations
 from math import log
 
 import numpy as np
@@ -17,7 +18,7 @@ from kilobench.design import commands, data as data_module
 from kilobench.design.counterfactual import edits_of, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import controls, readers
-from kilobench.design.model import Teachers, build, by_side, check_sizes, levels_of, planes
+from kilobench.design.model import Teachers, build, by_side, check_sizes, decided, levels_of, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
 from kilobench.design.recipe import DataPart, DesignRecipe, LossPart
@@ -320,6 +321,38 @@ def test_what_is_read_by_side_is_the_oracles_balance():
     s = layers(torch.from_numpy(render(scene)[1])[None])
     right, left, low, high = by_side(1 - levels_of(s)[:, :1])[0]
     assert 1 - ((left - right).abs() / torch.maximum(left, right) + (low - high).abs() / torch.maximum(low, high)) / 2 == pytest.approx(balance(scene), abs=0.02)
+
+
+def test_relations_are_those_of_the_oracle():
+    weights = torch.tensor([[0.0, 0.3, 0.02, 0.1, 0.0]])
+    signs = ranked(weights)[0]
+    pairs = list(combinations(range(5), 2))
+    for sign, (i, j) in zip(signs.tolist(), pairs): assert (abs(sign) > 0.9 and (sign > 0) == (weights[0, i] > weights[0, j])) if weights[0, i] and weights[0, j] else sign == 0
+    assert lopsided(torch.tensor([[1.0, 1.0, 2.0, 2.0]])).abs().max() < 1e-6 and lopsided(torch.tensor([[2.0, 1.0, 1.0, 3.0]]))[0].tolist() == pytest.approx([log(2), log(3)], abs=1e-3)
+
+    def near(dx):    # the left edges of a panel (level 1) and a picture (level 6), and no other edges of both
+        scene = page(box(10, 4, 20, 8, "panel", "accent"), box(10 + dx, 30, 33, 21))
+        edges = shared_edges(levels_of(layers(torch.from_numpy(render(scene)[1])[None]))[:, 1:])[0].view(2, 2, 45, 4)
+        return edges[0, 0, [(i, j) for i in range(9) for j in range(i, 9)].index((0, 5))].tolist()
+
+    assert near(0) == [1, 0, 0, 0] and near(2) == near(-2) == [0, 0, 1, 0] and near(9) == [0, 0, 0, 0]
+
+
+def test_a_decided_structure_is_hard_forwards_and_soft_backwards():
+    logits = torch.randn(2, 21, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    s = soft(logits)
+    d = decided(s)
+    assert torch.equal(d[:, :2].detach().round(), d[:, :2].detach().clamp(0, 1).round()) and torch.allclose(d[:, 2:-1].sum(1), torch.ones(2, 16, 16), atol=1e-5)
+    assert torch.allclose((d[:, -1] * 10).round(), d[:, -1] * 10, atol=1e-4) and torch.equal(d[:, 2:-1].argmax(1), s[:, 2:-1].argmax(1))
+    weight = torch.randn(d.shape, generator=torch.Generator().manual_seed(1))
+    a, = torch.autograd.grad((d * weight).sum(), logits, retain_graph=True)
+    b, = torch.autograd.grad((s * weight).sum(), logits)
+    assert torch.allclose(a, b)
+
+
+def test_the_seeds_abstractor_is_the_trunk_alone():
+    plain, own = (build("abstractor", DesignRecipe.make("smoke", f"resnet.reading={v}")) for v in ("false", "true"))
+    assert plain.reading is None and plain(layers(tiny_batch()["structure"]))["grammar"].shape == (6, 4) and sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in own.parameters())
 
 
 def test_planes_know_luminance_and_place():

@@ -7,7 +7,7 @@ __all__ = ['TOP', 'SPLITS', 'MAKER', 'MAX_DESIGNS', 'file_of', 'to_bytes', 'meta
            'read_array', 'read_metadata', 'read_design', 'split_of', 'make_designs', 'import_designs', 'data_dir',
            'make_data', 'DesignData', 'Split', 'check_data', 'load_data', 'data']
 
-# %% ../../nbs/design/00_data.ipynb #213cc19b
+# %% ../../nbs/design/00_data.ipynb #c6b68802
 import hashlib
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.recipe import UserError
-from ..core.run import Run, disk_full, read_json, stage, write_json
+from ..core.run import Run, disk_full, folder_lock, read_json, stage, write_json
 from ..core.scorecard import Scorecard
 from .oracle import SCORES, damage_ladder, grammar
 from .recipe import DataPart
@@ -138,7 +138,7 @@ def import_designs(folder: Path, part: DataPart) -> list[dict[str, Any]]:
     read = (read_design(folder, i, part.size) for i in range(len(files)))
     return [e | {"skeleton": e["skeleton"] or e["structure"]} for e in (entry_of(*r) for r in read)]
 
-# %% ../../nbs/design/00_data.ipynb #948b5bd4
+# %% ../../nbs/design/00_data.ipynb #940b4df0
 def data_dir(run: Run) -> Path:
     """Where the data of this recipe are cached; a folder of one's own counts by its files, sizes and times."""
     extra: dict[str, Any] = {"maker": MAKER}
@@ -149,12 +149,13 @@ def data_dir(run: Run) -> Path:
 
 
 def make_data(dir: Path, part: DataPart, seed: int) -> None:
-    """Draw or import the designs and write the index; what is finished is kept."""
-    if (dir / "index.json").exists(): return
-    root = Path(part.folder) if part.folder else dir
-    entries = import_designs(root, part) if part.folder else make_designs(root, part, seed)
-    for e in entries: e["split"] = split_of(e["skeleton"], part)
-    write_json(dir / "index.json", {"root": str(root) if part.folder else "", "size": part.size, "designs": entries})
+    """Draw or import the designs and write the index; what is finished is kept, and one process at a time makes it."""
+    with folder_lock(dir / "build.lock", "designs", wait=True, children=False):
+        if (dir / "index.json").exists(): return
+        root = Path(part.folder) if part.folder else dir
+        entries = import_designs(root, part) if part.folder else make_designs(root, part, seed)
+        for e in entries: e["split"] = split_of(e["skeleton"], part)
+        write_json(dir / "index.json", {"root": str(root) if part.folder else "", "size": part.size, "designs": entries})
 
 # %% ../../nbs/design/00_data.ipynb #5a075912
 @dataclass

@@ -19,7 +19,7 @@ class DataPart(Part):
     test: float = Field(0.12, ge=0.02, le=0.3, description="share of the scene families that test")
     folder: PathText = Field("", description="folder with images/, f_tensors/ and metadata/ of your own; empty: draw designs")
 
-# %% ../../nbs/design/00a_recipe.ipynb #69de6a11
+# %% ../../nbs/design/00a_recipe.ipynb #b013fbc9
 class UNetPart(Part):
     """The encoder: picture → structure."""
     widths: tuple[int, int, int, int, int] = Field((64, 128, 256, 512, 1024), description="channels at 1, 1/2, 1/4, 1/8 and 1/16 of the side")
@@ -29,6 +29,7 @@ class ResNetPart(Part):
     """The abstractor: structure → what the design is for, and its four scores."""
     channels: tuple[int, int, int, int] = Field((64, 128, 256, 512), description="channels of the four stages; (64, 128, 256, 512) is ResNet-18")
     pretrained: bool = Field(True, description="ImageNet weights where timm has them cached; only for ResNet-18's own channels")
+    reading: bool = Field(True, description="pooling operators beside the trunk; false: the seed's ResNet-18 alone")
     pixel: int = Field(16, ge=1, description="learned channels that are pooled by priority")
     profile: int = Field(64, ge=4, description="channels of the convolutions along rows and columns")
     hidden: int = Field(512, ge=8, description="width of the two heads")
@@ -53,20 +54,20 @@ class LossPart(Part):
     grammar: float = Field(10.0, ge=0, description="Huber error of the four scores, beyond 0.1 linear")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
-# %% ../../nbs/design/00a_recipe.ipynb #436a15cd
+# %% ../../nbs/design/00a_recipe.ipynb #b0623bb9
 def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 
 TRAININGS = ("decompose", "judge", "distil", "baseline")
 NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
-          "compact.widths": [8, 8, 16, 24, 32], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 64}
+          "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 48,
+    "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
               **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "decompose.steps": 1500, "judge.steps": 1400, "judge.batch": 48, "judge.lr": 4e-3, "distil.steps": 600, "baseline.steps": 900},
+            "counterfactuals": 30, "decompose.steps": 1400, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "decompose.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000},

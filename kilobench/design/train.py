@@ -6,7 +6,7 @@
 __all__ = ['WATCHED', 'BEST', 'PARTS', 'composite_loss', 'answer_loss', 'turned', 'teach_loss', 'student_loss', 'reader_of',
            'sample_strip', 'step_of', 'train_network', 'save_trained', 'load_trained', 'load_networks', 'train']
 
-# %% ../../nbs/design/02_train.ipynb #d5e3ef57
+# %% ../../nbs/design/02_train.ipynb #fa9a8d80
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.export import fill, load_student, save_student
 from ..core.losses import dice_loss, l2
-from ..core.recipe import UserError
+from ..core.recipe import UserError, seeded
 from ..core.run import Run, is_main, stage
 from ..core.show import montage
 from ..core.teacher import freeze
 from ..core.training import Fitted, Strips, fit, load_fitted, mix
 from .data import DesignData, Split, data
-from .model import NETWORKS, Teachers, build, check_sizes, soft
+from .model import NETWORKS, Teachers, build, check_sizes, decided, soft
 from .oracle import SCORES
 from .recipe import DesignRecipe, LossPart
 from .render import harden, layers, structure_pictures
@@ -105,24 +105,28 @@ def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Mapping[s
         return montage({"picture": batch["image"], "oracle": colours(batch["structure"]), name: colours(read)}, size=0.9)
     return paint
 
-# %% ../../nbs/design/02_train.ipynb #7ede6cc2
-def step_of(run: Run, name: str, teachers: nn.Module | None) -> Callable[[Mapping[str, nn.Module], Mapping[str, Tensor], int], dict[str, Tensor]]:
-    """The loss of one training as `fit` wants it: (modules, batch, step) → terms."""
+# %% ../../nbs/design/02_train.ipynb #c96327a9
+def step_of(run: Run, name: str, others: nn.Module | None) -> Callable[[Mapping[str, nn.Module], Mapping[str, Tensor], int], dict[str, Tensor]]:
+    """The loss of one training as `fit` wants it: (modules, batch, step) → terms. `others`: the encoder for the abstractor, the teachers for the compact student."""
     part, seed = run.recipe.loss, run.recipe.seed
     if name == "encoder": return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
-    if name != "abstractor": return lambda modules, batch, _: student_loss(modules[name], batch, part, teachers)
+    if name != "abstractor": return lambda modules, batch, _: student_loss(modules[name], batch, part, others)
 
     def step(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], at: int) -> dict[str, Tensor]:
-        upright, exact = (len(batch["goal"]) + 1) // 2, batch["structure"]
-        exact = torch.cat([exact[:upright], turned(exact[upright:], 1 + mix(seed, "turn", at) % 7)])
-        return answer_loss(modules[name](layers(exact)), batch, part, upright)
+        """The abstractor's."""
+        n, exact = len(batch["goal"]), batch["structure"]
+        a, b = n // 3, n - n // 3      # read by the encoder | exact | exact and turned
+        with torch.no_grad(): read = decided(soft(others(batch["image"][:a]))) if a else layers(exact[:0])
+        seen = torch.cat([read, layers(exact[a:b]), layers(turned(exact[b:], 1 + mix(seed, "turn", at) % 7))])
+        return answer_loss(modules[name](seen), batch, part, b)
     return step
 
-# %% ../../nbs/design/02_train.ipynb #a4446675
-def train_network(run: Run, name: str, made: DesignData, teachers: nn.Module | None = None, stop_at: int | None = None) -> Fitted:
+# %% ../../nbs/design/02_train.ipynb #2bc1d688
+def train_network(run: Run, name: str, made: DesignData, others: nn.Module | None = None, stop_at: int | None = None) -> Fitted:
     """Train one of the NETWORKS by its part of the recipe; resumes by itself. Its checkpoints: checkpoints/<name>."""
-    cfg, model = getattr(run.recipe, PARTS[name]), build(name, run.recipe)
-    if teachers is not None: freeze(teachers).to(run.device)
+    cfg = getattr(run.recipe, PARTS[name])
+    with seeded(mix(run.recipe.seed, "weights", name)): model = build(name, run.recipe)     # the same, whatever was trained before
+    if others is not None: freeze(others).to(run.device)
     rows = made.rows("val")
 
     def evaluate(modules: Mapping[str, nn.Module]) -> dict[str, float]:
@@ -130,7 +134,7 @@ def train_network(run: Run, name: str, made: DesignData, teachers: nn.Module | N
         return {k: scores[k] for k in WATCHED[name]}
 
     strips = [Strips(max(1, cfg.steps // 3), sample_strip(made, name))] if name != "abstractor" else []
-    return fit(run, name, model, step_of(run, name, teachers), Split(made), cfg, evaluate=evaluate, metrics=WATCHED[name], best=BEST[name], callbacks=strips, stop_at=stop_at)
+    return fit(run, name, model, step_of(run, name, others), Split(made), cfg, evaluate=evaluate, metrics=WATCHED[name], best=BEST[name], callbacks=strips, stop_at=stop_at)
 
 # %% ../../nbs/design/02_train.ipynb #7cc3c329
 def save_trained(path: Path, name: str, model: nn.Module, recipe: DesignRecipe, dtype: str = "fp16") -> Path:
@@ -148,7 +152,7 @@ def load_trained(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a network of the design project ({e}); give a file from a run's export/ folder") from None
     return fill(model, state, path).eval(), config
 
-# %% ../../nbs/design/02_train.ipynb #deb74c21
+# %% ../../nbs/design/02_train.ipynb #509e5134
 def load_networks(run: Run) -> dict[str, nn.Module]:
     """The trained networks of a run, averaged weights, eval mode, on the CPU."""
     return {name: load_fitted(run, name, build(name, run.recipe)) for name in NETWORKS}
@@ -160,6 +164,6 @@ def train(run: Run) -> None:
     check_sizes(run.recipe)
     made, done = data(run), {}
     for name in NETWORKS:
-        teachers = Teachers(done["encoder"], done["abstractor"]) if name == "compact" else None
-        done[name] = train_network(run, name, made, teachers).module.cpu()
+        others = {"abstractor": lambda: done["encoder"], "compact": lambda: Teachers(done["encoder"], done["abstractor"])}.get(name, lambda: None)()
+        done[name] = train_network(run, name, made, others).module.cpu()
         if is_main(): save_trained(run.path("export", f"{name}.safetensors"), name, done[name], run.recipe)
