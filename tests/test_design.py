@@ -17,7 +17,7 @@ from kilobench.core.scorecard import Report, Scorecard
 from kilobench.design import commands, data as data_module
 from kilobench.design.counterfactual import edits_of, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
-from kilobench.design.evaluate import controls, readers
+from kilobench.design.evaluate import YARDSTICK, controls, readers, yardstick
 from kilobench.design.model import Teachers, build, by_side, check_sizes, decided, levels_of, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
@@ -532,8 +532,10 @@ def test_the_explorer_edits_what_it_says(run):
 
 def test_controls_know_nothing_of_the_picture(run):
     made = data(run)
-    scores = {name: read_split(reader, made, made.rows("test")) for name, reader in controls(made).items()}
-    assert scores["oracle, one pixel off"]["goal_acc"] == 1 and scores["oracle, one pixel off"]["text_iou"] < 0.97
+    scores = {name: read_split(reader, made, made.rows("test")) for name, reader in (controls(made) | {YARDSTICK: yardstick}).items()}
+    assert scores[YARDSTICK]["goal_acc"] == 1 and scores[YARDSTICK]["text_iou"] < 0.97
+    rows = {r.name: r.metrics for r in Report.load(run.dir).rows}
+    assert "image_iou/yardstick" in rows[YARDSTICK] and "image_iou/test" not in rows[YARDSTICK]      # it knows everything: nobody has to clear it
     assert scores["mean design"]["alignment_rho"] == 0 and scores["another design"]["goal_acc"] < 0.5
 
 
