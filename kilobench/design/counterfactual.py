@@ -157,14 +157,14 @@ def counterfactual(run: Run) -> None:
     card.picture("what if: four edits", edit_sheet(scenes_of(made, 4), made.size, rows["unet + resnet"]), caption="declared colours before and after; white in a mask: what changed")
     card.write()
 
-# %% ../../nbs/design/04_counterfactual.ipynb #759e4cc5
+# %% ../../nbs/design/04_counterfactual.ipynb #0964c276
 def edit_sheet(scenes: Sequence[Scene], size: int, reader: Reader) -> Any:
     """One line a design and edit: declared colours before and after and the change mask, for oracle and reader."""
     lines = {}
     for k, s in enumerate(scenes):
         edits = [e for e in edits_of(s) if not e.null]
         edit = edits[(3 * k + 1) % len(edits)]
-        lines[f"{edit.name}"] = {n: p[2:5] if len(p) == 6 else p for n, p in edit_strip(s, edit, ask_oracle(size), ask_reader(reader, size)).items()}
+        lines[f"{k + 1}: {edit.name}"] = {n: p[2:5] if len(p) == 6 else p for n, p in edit_strip(s, edit, ask_oracle(size), ask_reader(reader, size)).items()}
     return montage({n: list(v.values()) for n, v in lines.items()}, titles=[t.replace("teacher", "oracle").replace("student", "read") for t in next(iter(lines.values()))], size=1.1)
 
 # %% ../../nbs/design/04_counterfactual.ipynb #1abc1ddf
