@@ -274,6 +274,8 @@ def test_equal_designs_are_passed_over(tmp_path, monkeypatch):
 def test_a_public_runs_faults_stop_the_series(tmp_path, monkeypatch, outputs):
     run = open_run("design", "smoke", "", "data.n=200")
     made = data(run)
+    ladder = damage_ladder([made.scene(i) for i in range(100)])
+    monkeypatch.setattr(data_module, "damage_ladder", lambda scenes: ladder)     # once is enough
 
     def failed(change):
         card = Scorecard.part(run, "data")
