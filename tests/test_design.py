@@ -28,7 +28,7 @@ from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_E
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
 from kilobench.design.train import answer_loss, composite_loss, load_trained, student_loss, train, turned
 
-TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("decompose", 6), ("judge", 4), ("distil", 2), ("baseline", 2)))])
+TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("distil", 2), ("baseline", 2)))])
 seeds = st.integers(0, 2**31)
 
 
@@ -402,8 +402,8 @@ def test_the_compact_student_is_at_most_an_eighth(preset):
 def test_full_is_resnet18_and_the_usual_unet():
     r = DesignRecipe.make("full", {"resnet.pretrained": False})
     trunk = build("abstractor", r).trunk
-    assert sum(p.numel() for p in trunk.parameters()) == 11_176_512 + (24 - 3) * 64 * 49 and r.decompose.lr == r.judge.lr == 1e-4 and r.decompose.schedule == "plateau"
-    assert r.decompose.batch == 32 and r.judge.batch == 64 and r.data.size == 256 and (r.loss.dice, r.loss.colour, r.loss.hierarchy) == (1.0, 0.5, 1.0)
+    assert sum(p.numel() for p in trunk.parameters()) == 11_176_512 + (24 - 3) * 64 * 49 and r.train.lr == r.judge.lr == 1e-4 and r.train.schedule == "plateau"
+    assert r.train.batch == 32 and r.judge.batch == 64 and r.data.size == 256 and (r.loss.dice, r.loss.colour, r.loss.hierarchy) == (1.0, 0.5, 1.0)
 
 
 # ---- scores of a reading
@@ -543,5 +543,5 @@ def test_controls_know_nothing_of_the_picture(run):
 
 @pytest.mark.parametrize("args, said", [
     (["predict", "design", "--image", "nowhere.png"], "no such picture"), (["data", "design", "--check", "nowhere"], "0 designs in metadata/"),
-    (["data", "design", "--size", "100", "--out", "x"], "a multiple of 64"), (["run", "design", "decompose.step=3"], "decompose.steps"), (["run", "design", "--preset", "cpuu"], "cpu")])
+    (["data", "design", "--size", "100", "--out", "x"], "a multiple of 64"), (["run", "design", "train.step=3"], "train.steps"), (["run", "design", "--preset", "cpuu"], "cpu")])
 def test_mistakes_on_the_command_line_are_one_line(run, args, said): assert_one_line(run.dir.parents[1], args, said)

@@ -54,11 +54,11 @@ class LossPart(Part):
     grammar: float = Field(10.0, ge=0, description="Huber error of the four scores, beyond 0.1 linear")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
-# %% ../../nbs/design/00a_recipe.ipynb #b0623bb9
+# %% ../../nbs/design/00a_recipe.ipynb #2a3c6023
 def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 
-TRAININGS = ("decompose", "judge", "distil", "baseline")
+TRAININGS = ("train", "judge", "distil", "baseline")
 NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
           "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
 
@@ -67,13 +67,13 @@ PRESETS: dict[str, dict[str, Any]] = {
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
               **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "decompose.steps": 1400, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0},
+            "counterfactuals": 30, "train.steps": 1400, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
-             "decompose.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000},
+             "train.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000},
 }
 
-# %% ../../nbs/design/00a_recipe.ipynb #7228d401
+# %% ../../nbs/design/00a_recipe.ipynb #3bb80120
 class DesignRecipe(Recipe):
     """A run of the design project."""
     project: ClassVar[str] = "design"
@@ -83,7 +83,7 @@ class DesignRecipe(Recipe):
     resnet: ResNetPart = ResNetPart()
     compact: CompactPart = CompactPart()
     loss: LossPart = LossPart()
-    decompose: TrainPart = TrainPart()
+    train: TrainPart = TrainPart()
     judge: TrainPart = TrainPart()
     distil: TrainPart = TrainPart()
     baseline: TrainPart = TrainPart()
