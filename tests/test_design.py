@@ -200,7 +200,7 @@ def test_hierarchy_is_kendalls_tau_b_of_priorities_and_weights():
     assert hierarchy(page(words, picture, panel)) == 1
     assert hierarchy(page(box(2, 2, 3, 5, "headline", "muted"), box(2, 30, 20, 20), box(30, 20, 30, 40, "panel", "accent"))) == 0
     two = page(box(2, 2, 4, 5, "headline", "muted"), box(2, 30, 20, 20), box(30, 30, 4, 4, "panel", "accent"))    # 1 of 3 pairs in order
-    assert hierarchy(two) == pytest.approx((1 / 3 * -1 + 1) / 2) or hierarchy(two) == pytest.approx((1 / 3 + 1) / 2)
+    assert hierarchy(two) == pytest.approx((-1 / 3 + 1) / 2)
     assert hierarchy(page(picture)) == 1
 
 
@@ -344,7 +344,7 @@ def test_a_decided_structure_is_hard_forwards_and_soft_backwards():
     logits = torch.randn(2, 21, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     s = soft(logits)
     d = decided(s)
-    assert torch.equal(d[:, :2].detach().round(), d[:, :2].detach().clamp(0, 1).round()) and torch.allclose(d[:, 2:-1].sum(1), torch.ones(2, 16, 16), atol=1e-5)
+    assert torch.allclose(d[:, :2], (s[:, :2] > 0.5).float(), atol=1e-5) and torch.allclose(d[:, 2:-1].sum(1), torch.ones(2, 16, 16), atol=1e-5)
     assert torch.allclose((d[:, -1] * 10).round(), d[:, -1] * 10, atol=1e-4) and torch.equal(d[:, 2:-1].argmax(1), s[:, 2:-1].argmax(1))
     weight = torch.randn(d.shape, generator=torch.Generator().manual_seed(1))
     a, = torch.autograd.grad((d * weight).sum(), logits, retain_graph=True)
