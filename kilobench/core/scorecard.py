@@ -400,9 +400,9 @@ class Scorecard(_Entries):
         self.write()
         raise UserError(f"{self.run.dir}: data check failed: {'; '.join(f'{c.name} ({c.detail})' if c.detail else c.name for c in bad)}")
 
-# %% ../../nbs/core/08_scorecard.ipynb #8e770a77
+# %% ../../nbs/core/08_scorecard.ipynb #1abb3538
 WORDS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "iou": "IoU", "fd": "FD", "mse": "MSE", "mae": "MAE",
-         "fg": "foreground", "readback": "read-back", "params": "parameters", "flops": "FLOPs", "speedup": "speed-up",
+         "fg": "foreground", "readback": "read-back", "acc": "accuracy", "rho": "Spearman ρ", "params": "parameters", "flops": "FLOPs", "speedup": "speed-up",
          "ms": "", "seconds": "", "mb": "", "w": "", "j": ""}
 UNITS = {"psnr": " dB", "ms": " ms", "seconds": " s", "mb": " MB", "speedup": "×", "w": " W", "j": " J"}
 
