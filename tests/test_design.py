@@ -18,17 +18,17 @@ from kilobench.design import commands, data as data_module
 from kilobench.design.counterfactual import edits_of, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import YARDSTICK, controls, readers, yardstick
-from kilobench.design.model import Teachers, build, by_side, check_sizes, decided, levels_of, lopsided, planes, ranked, shared_edges, soft
+from kilobench.design.model import Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
 from kilobench.design.recipe import DataPart, DesignRecipe, LossPart
-from kilobench.design.render import harden, layers, outline, render
+from kilobench.design.render import COLOUR, LAYERS, LEVEL, expected_hierarchy, harden, layers, outline, render
 from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_ELEMENTS, PALETTES, SIDE, Element, Scene, ceilings, check_scene, draw_scene, from_json, goal_odds, guess_goal,
                                     labels_of, to_json)
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
 from kilobench.design.train import answer_loss, composite_loss, load_trained, student_loss, train, turned
 
-TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("distil", 2), ("baseline", 2)))])
+TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("tune", 2)))])
 seeds = st.integers(0, 2**31)
 
 
@@ -131,7 +131,7 @@ def test_ink_fills_its_line_from_edge_to_edge():
 
 def test_layers_and_structures_are_two_ways_to_write_one_thing():
     f = torch.from_numpy(np.stack([render(draw_scene(s))[1] for s in range(5)]))
-    assert torch.equal(harden(layers(f)), f) and layers(f)[:, 2:-1].sum(1).eq(1).all()
+    assert torch.equal(harden(layers(f)), f) and layers(f)[:, COLOUR].sum(1).eq(1).all() and layers(f)[:, LEVEL].sum(1).eq(1).all() and torch.allclose(expected_hierarchy(layers(f)), f[:, 3])
 
 
 def test_outlines_cover_what_geometry_says():
@@ -321,7 +321,7 @@ def test_a_gradient_of_every_score_reaches_the_picture():
 def test_what_is_read_by_side_is_the_oracles_balance():
     scene = page(box(2, 22, 20, 20), box(50, 22, 10, 20))
     s = layers(torch.from_numpy(render(scene)[1])[None])
-    right, left, low, high = by_side(1 - levels_of(s)[:, :1])[0]
+    right, left, low, high = by_side(1 - s[:, LEVEL][:, :1])[0]
     assert 1 - ((left - right).abs() / torch.maximum(left, right) + (low - high).abs() / torch.maximum(low, high)) / 2 == pytest.approx(balance(scene), abs=0.02)
 
 
@@ -334,18 +334,18 @@ def test_relations_are_those_of_the_oracle():
 
     def near(dx):    # the left edges of a panel (level 1) and a picture (level 6), and no other edges of both
         scene = page(box(10, 4, 20, 8, "panel", "accent"), box(10 + dx, 30, 33, 21))
-        edges = shared_edges(levels_of(layers(torch.from_numpy(render(scene)[1])[None]))[:, 1:])[0].view(2, 2, 45, 4)
+        edges = shared_edges(layers(torch.from_numpy(render(scene)[1])[None])[:, LEVEL][:, 1:])[0].view(2, 2, 45, 4)
         return edges[0, 0, [(i, j) for i in range(9) for j in range(i, 9)].index((0, 5))].tolist()
 
     assert near(0) == [1, 0, 0, 0] and near(2) == near(-2) == [0, 0, 1, 0] and near(9) == [0, 0, 0, 0]
 
 
 def test_a_decided_structure_is_hard_forwards_and_soft_backwards():
-    logits = torch.randn(2, 21, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    logits = torch.randn(2, LAYERS, 16, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
     s = soft(logits)
     d = decided(s)
-    assert torch.allclose(d[:, :2], (s[:, :2] > 0.5).float(), atol=1e-5) and torch.allclose(d[:, 2:-1].sum(1), torch.ones(2, 16, 16), atol=1e-5)
-    assert torch.allclose((d[:, -1] * 10).round(), d[:, -1] * 10, atol=1e-4) and torch.equal(d[:, 2:-1].argmax(1), s[:, 2:-1].argmax(1))
+    assert torch.allclose(d[:, :2], (s[:, :2] > 0.5).float(), atol=1e-5) and set(d.round(decimals=4).unique().abs().tolist()) == {0.0, 1.0}
+    for part in (COLOUR, LEVEL): assert torch.allclose(d[:, part].sum(1), torch.ones(2, 16, 16), atol=1e-5) and torch.equal(d[:, part].argmax(1), s[:, part].argmax(1))
     weight = torch.randn(d.shape, generator=torch.Generator().manual_seed(1))
     a, = torch.autograd.grad((d * weight).sum(), logits, retain_graph=True)
     b, = torch.autograd.grad((s * weight).sum(), logits)
@@ -359,17 +359,17 @@ def test_the_seeds_abstractor_is_the_trunk_alone():
 
 def test_planes_know_luminance_and_place():
     x = planes(layers(torch.from_numpy(render(page(box(0, 0, 32, 64, "panel", "ink")))[1])[None]))
-    assert x[0, 21, 30, 10] == pytest.approx(log(LUMINANCE[2] + 0.05), abs=1e-5) and x[0, 22, 0, 0] == -1 and x[0, 23, -1, 0] == 1
+    assert x[0, LAYERS, 30, 10] == pytest.approx(log(LUMINANCE[2] + 0.05), abs=1e-5) and x[0, LAYERS + 1, 0, 0] == -1 and x[0, LAYERS + 2, -1, 0] == 1
 
 
 def test_the_composite_loss_is_the_seeds_sum_and_zero_at_the_truth():
     batch, part = tiny_batch(), LossPart()
     s = layers(batch["structure"])
-    sure = torch.cat([40 * s[:, :-1] - 20, torch.logit(s[:, -1:].clamp(1e-6, 1 - 1e-6))], 1)
+    sure = 40 * s - 20
     terms = composite_loss(sure, batch["structure"], part)
-    assert set(terms) == {"dice", "colour", "hierarchy"} and all(v < 1e-3 for v in terms.values())
-    assert composite_loss(sure, batch["structure"], LossPart(dice=0)).keys() == {"colour", "hierarchy"}
-    noise = torch.randn(6, 21, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert set(terms) == {"dice", "colour", "hierarchy", "level"} and all(v < 1e-3 for v in terms.values())
+    assert composite_loss(sure, batch["structure"], LossPart(dice=0)).keys() == {"colour", "hierarchy", "level"}
+    noise = torch.randn(6, LAYERS, 64, 64, generator=torch.Generator().manual_seed(0))
     once, twice = (composite_loss(noise, batch["structure"], LossPart(colour=w))["colour"] for w in (0.5, 1.0))
     assert twice == pytest.approx(2 * once.item(), rel=1e-6)
 
@@ -492,11 +492,23 @@ def test_killed_in_training_and_resumed_is_bit_equal(run, start, tmp_path, monke
 def test_predict_writes_what_it_read(run, tmp_path, capsys):
     Image.fromarray((render(draw_scene(1, format="story"), 256)[0].transpose(1, 2, 0)[:, 56:200] * 255).astype(np.uint8)).save(tmp_path / "poster.png")
     for student in ("compact", "unet+resnet"):
-        commands.predict(tmp_path / "poster.png", tmp_path / student, str(run.dir), student)
+        commands.predict(tmp_path / "poster.png", out=tmp_path / student, run=str(run.dir), student=student)
         said = json.loads((tmp_path / student / "reading.json").read_text())
         assert {p.stem for p in (tmp_path / student).glob("*.png")} == {"picture", "text", "image", "colour", "hierarchy"}
         assert set(said["scores"]) == set(SCORES) and set(said["goal"]) == set(GOALS) and sum(said["goal"].values()) == pytest.approx(1, abs=1e-2)
     assert "student:" in capsys.readouterr().out
+
+
+def test_predict_draws_designs_for_a_brief(run, tmp_path, capsys):
+    for out in ("a", "b"): commands.predict(goal="sale", tone=0.8, n=3, seed=4, out=tmp_path / out, run=str(run.dir))
+    said = json.loads((tmp_path / "a" / "designs.json").read_text())
+    assert {p.name for p in (tmp_path / "a").iterdir()} == {"design-000.png", "design-001.png", "design-002.png", "sheet.png", "designs.json"}
+    assert [(d["asked"]["goal"], d["asked"]["tone"]) for d in said["designs"]] == [("sale", 0.8)] * 3 and set(said["designs"][0]["read"]) == {"scores", "goal", "format", "tone"}
+    assert (tmp_path / "a" / "sheet.png").read_bytes() == (tmp_path / "b" / "sheet.png").read_bytes()
+    first, second = (Image.open(tmp_path / "a" / f"design-00{k}.png").tobytes() for k in (0, 1))
+    assert first != second and "2 steps" in capsys.readouterr().out
+    goals, formats, tones = commands.full_brief("", "story", None, 40, 1)
+    assert len(set(goals)) > 5 and set(formats) == {"story"} and len(set(tones)) > 30 and commands.full_brief("", "story", None, 3, 1)[0] == goals[:3]
 
 
 def test_check_finds_one_changed_pixel(run, capsys):
@@ -542,6 +554,7 @@ def test_controls_know_nothing_of_the_picture(run):
 
 
 @pytest.mark.parametrize("args, said", [
-    (["predict", "design", "--image", "nowhere.png"], "no such picture"), (["data", "design", "--check", "nowhere"], "0 designs in metadata/"),
+    (["predict", "design", "--image", "nowhere.png"], "no such picture"), (["predict", "design", "--goal", "sail"], "sale"), (["predict", "design"], "give --image"),
+    (["predict", "design", "--image", "x.png", "--format", "post"], "one or the other"), (["run", "design", "decoder.rungs=4,8"], "falling"), (["data", "design", "--check", "nowhere"], "0 designs in metadata/"),
     (["data", "design", "--size", "100", "--out", "x"], "a multiple of 64"), (["run", "design", "train.step=3"], "train.steps"), (["run", "design", "--preset", "cpuu"], "cpu")])
 def test_mistakes_on_the_command_line_are_one_line(run, args, said): assert_one_line(run.dir.parents[1], args, said)

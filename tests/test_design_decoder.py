@@ -2,11 +2,16 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 
 from kilobench.core.recipe import UserError
-from kilobench.design.decoder import (NOISE_STEPS, SCHEDULES, Attention, Decoder, Tokens, brief_of, denoising_loss, evaluations, guided, sample, schedule, waves)
+from kilobench.design.decoder import (NOISE_STEPS, SCHEDULES, Attention, Decoder, Denoiser, Tokens, brief_of, denoising_loss, evaluations, guided, sample, schedule, waves)
+from kilobench.design.distil import clean_guess, consistency_loss, halving_loss, leap, step_times, two_steps
+from kilobench.design.generated import HARMS, fidelity, oracle_means
+from kilobench.design.parse import is_design, parse, parsed_scores
 from kilobench.design.render import render
 from kilobench.design.scene import FORMATS, GOALS, draw_scene
+from kilobench.design.steering import another, same, shows
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +166,112 @@ def test_every_goal_and_format_has_a_token_of_its_own():
     briefs = brief_of(list(GOALS) * 4, [f for f in FORMATS for _ in GOALS], [0.5] * 40)
     t = tokens(briefs).flatten(1)
     assert len({tuple(v) for v in t.tolist()}) == 40
+
+
+# ---- the network's words, and leaps
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_a_denoiser_says_its_guess_in_the_schedules_words(kind):
+    picture, x, time = torch.rand(2, 3, 64, 64) * 2 - 1, noisy(2), torch.tensor([950, 500])
+    model = Denoiser(lambda_module(lambda x, time, brief: picture), kind)
+    assert torch.allclose(clean_guess(model, x, model(x, time, ONE), time), picture, atol=1e-3)
+    s, noise = schedule(kind), noisy(2, 1)
+    assert torch.allclose(s.add_noise(picture, noise, time), model.levels(time)[0] * picture + model.levels(time)[1] * noise, atol=1e-6)
+    assert [v.item() for v in model.levels(torch.tensor([-1]))] == [1.0, 0.0]
+
+
+def lambda_module(fn):
+    """A function as a module."""
+    module = torch.nn.Identity()
+    module.forward = fn
+    return module
+
+
+def test_a_leap_over_two_steps_is_two_leaps_on_a_straight_path(net):
+    model, x, picture = Denoiser(net), noisy(), torch.rand(1, 3, 64, 64)
+    t, m, u = (torch.tensor([k]) for k in (999, 700, 300))
+    assert torch.allclose(leap(model, x, picture, t, u), leap(model, leap(model, x, picture, t, m), picture, m, u), atol=1e-4)
+    assert torch.equal(leap(model, x, picture, m, torch.tensor([-1])), picture)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 50])
+def test_step_times_are_diffusers(steps): assert step_times(steps)[:-1].tolist() == schedule("zero-snr", steps).timesteps.tolist() and step_times(steps)[-1] == -1
+
+
+def test_one_leap_towards_the_target_arrives_where_two_steps_do(net):
+    parent, x, t, u = Denoiser(net), noisy(), torch.tensor([749]), torch.tensor([499])
+    target = two_steps(parent, x, t, u, ONE, 2.0)
+    half = (t + u + 1) // 2
+    y = x
+    for a, b in ((t, half), (half, u)): y = leap(parent, y, clean_guess(parent, y, guided(parent, y, a, ONE, 2.0), a).clamp(-1, 1), a, b)
+    assert torch.allclose(leap(parent, x, target, t, u), y, atol=1e-4)
+    assert not torch.allclose(target, two_steps(parent, x, t, u, ONE, 1.0), atol=1e-3)       # guidance is in it
+
+
+def test_students_learn_and_their_parents_stay(net):
+    torch.manual_seed(0)
+    parent, student = Denoiser(net), Denoiser(Decoder((16, 32, 32), context=16))
+    before = {k: v.clone() for k, v in parent.state_dict().items()}
+    images, brief = torch.rand(4, 3, 64, 64), {k: v.expand(4) for k, v in ONE.items()}
+    for loss in (lambda: halving_loss(student, parent, images, brief, 4, 2.0)["halving"], lambda: consistency_loss(student, parent, images, brief, 4)["consistency"]):
+        student.zero_grad()
+        loss().backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters()) and all(p.grad is None for p in parent.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in parent.state_dict().items())
+
+
+# ---- from a structure back to a design
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31))
+def test_a_parsed_page_is_the_page(seed):
+    scene = draw_scene(seed)
+    back = parse(render(scene)[1])
+    assert back.artboard == scene.artboard and all(0 <= v <= 1 for v in parsed_scores(back))
+
+
+def test_what_is_no_design_scores_nothing():
+    blank, specks = np.zeros((4, 64, 64), np.float32), render(draw_scene(3))[1]
+    specks[0, ::6, :], specks[3, ::6, :] = 0, 0
+    rng = np.random.default_rng(0)
+    for y, x in rng.integers(4, 60, (60, 2)): specks[0, y:y + 3, x:x + 3], specks[3, y:y + 3, x:x + 3] = 1, 0.9
+    for structure in (blank, specks): assert not is_design(parse(structure)) and not parsed_scores(parse(structure)).any()
+
+
+def test_a_text_of_three_lines_comes_back_as_one():
+    scene = next(s for s in map(draw_scene, range(500)) if any(len(e.lines) == 3 for e in s.elements) and len(s.elements) <= 3)
+    found = [e for e in parse(render(scene)[1]).elements if len(e.lines) == 3]
+    want = next(e for e in scene.elements if len(e.lines) == 3)
+    assert any((e.x, e.y, e.w, e.h, e.size) == (want.x, want.y, want.w, want.h, want.size) for e in found)
+
+
+# ---- the auditor
+
+def test_harms_harm_and_nothing_is_nothing():
+    images = torch.from_numpy(np.stack([render(draw_scene(s))[0] for s in range(6)]))
+    for harm, strengths in HARMS.values():
+        apart = [(harm(images, s) - images).abs().mean().item() for s in strengths]
+        assert apart[0] == 0 and all(a < b for a, b in zip(apart, apart[1:]))
+
+
+def test_fidelity_counts_what_was_asked():
+    scenes = [draw_scene(s, "sale", "poster", 0.2, palette="paper", side="left", badge="none") for s in range(4)]
+    parsed = [parse(render(s)[1]) for s in scenes]
+    asked = brief_of([p.goal for p in parsed[:2]] + ["menu"] * 2, [p.format for p in parsed], [p.tone for p in parsed])
+    got = fidelity(parsed, asked)
+    assert got["format_kept_acc"] == 1 and got["tone_kept_mae"] == pytest.approx(0, abs=1e-6) and got["goal_kept_acc"] == pytest.approx(0.5 + 0.25 * sum(p.goal == "menu" for p in parsed[2:]))
+    means = oracle_means([*parsed, parse(np.zeros((4, 64, 64)))])
+    assert means["is_design"] == pytest.approx(0.8) and means["oracle"] == pytest.approx(np.mean([parsed_scores(p) for p in parsed]) * 0.8)
+
+
+@pytest.mark.parametrize("label", ["goal", "format", "tone"])
+def test_another_brief_differs_in_one_label(label):
+    before = brief_of(["sale", "travel"], ["poster", "story"], [0.2, 0.9])
+    after = another(before, label)
+    assert all((after[k] == before[k]).all() if k != label else (after[k] != before[k]).all() for k in before)
+
+
+def test_shows_and_same_read_labels():
+    scene = draw_scene(5, "sale", "poster", 0.42)
+    assert shows(scene, "goal", 0) and not shows(scene, "goal", 1) and shows(scene, "tone", 0.5) and not shows(scene, "tone", 0.9)
+    assert same(scene, draw_scene(5, "menu", "poster", 0.45), "tone") and not same(scene, draw_scene(5, "menu", "poster", 0.45), "goal")

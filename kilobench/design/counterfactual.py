@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'as_picture', 'ask_oracle', 'pictures_of', 'ask_reader', 'with_palette', 'label_edits', 'resized',
            'element_edits', 'edits_of', 'score_changes', 'scenes_of', 'assess_readers', 'state_criteria',
-           'counterfactual', 'edit_sheet', 'edited', 'explorer']
+           'put_steering', 'counterfactual', 'edit_sheet', 'edited', 'explorer']
 
-# %% ../../nbs/design/04_counterfactual.ipynb #cf731660
-from collections.abc import Callable, Iterator, Sequence
+# %% ../../nbs/design/04_counterfactual.ipynb #eb44c30d
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor
+from torch import Tensor, nn
 from ..core.counterfactual import Assessment, Edit, assess, check_held, edit_strip
 from ..core.explore import Explorer
 from ..core.run import Run, stage
@@ -23,12 +23,14 @@ from ..core.show import montage
 from .data import DesignData, data
 from .evaluate import readers
 from .oracle import SCORES, grammar
-from .render import LEVELS, harden, render, structure_pictures
+from .recipe import DesignRecipe
+from .render import harden, render, structure_pictures
 from .scene import FORMATS, GOALS, PALETTES, RGB, SLOTS, Element, Scene, draw_scene, moved
 from .scores import Reader
+from .steering import steer_all, steering_sheet
 from .train import train
 
-# %% ../../nbs/design/04_counterfactual.ipynb #182ae458
+# %% ../../nbs/design/04_counterfactual.ipynb #a0fbff1c
 def as_picture(structure: Tensor) -> Tensor:
     """Structures [B, 4, H, W] → [B, 6, H, W] in [0, 1]: text, image, declared colour as RGB, hierarchy."""
     colour = torch.from_numpy(RGB)[structure[:, 2].long()].permute(0, 3, 1, 2)
@@ -46,11 +48,9 @@ def pictures_of(scenes: Sequence[Scene], size: int) -> Tensor:
 
 
 def ask_reader(reader: Reader, size: int = 64) -> Callable[[list[Scene]], Tensor]:
-    """Scenes → what a network reads off their pictures; the hierarchy rounded to its ten levels."""
+    """Scenes → what a network reads off their pictures."""
     def ask(scenes: list[Scene]) -> Tensor:
-        read = torch.cat([harden(soft) for soft in _soft_structures(pictures_of(scenes, size), reader)])
-        read[:, 3] = (read[:, 3] * LEVELS).round() / LEVELS
-        return as_picture(read)
+        return as_picture(torch.cat([harden(soft) for soft in _soft_structures(pictures_of(scenes, size), reader)]))
     return ask
 
 
@@ -134,7 +134,7 @@ def assess_readers(made: DesignData, rows: dict[str, Reader], n: int) -> tuple[d
         found[name], moves[name] = assess(scenes, edits_of, ask_oracle(size), ask), score_changes(scenes, reader, size)
     return found, moves
 
-# %% ../../nbs/design/04_counterfactual.ipynb #7eaa6bf7
+# %% ../../nbs/design/04_counterfactual.ipynb #856f2e58
 def state_criteria(card: Scorecard) -> None:
     """What counterfactual behaviour is asked: of the teachers, and of the compact student."""
     for row, bar in (("unet + resnet", 0.9), ("compact", 0.8)):
@@ -142,6 +142,15 @@ def state_criteria(card: Scorecard) -> None:
         card.criterion(f"{row}: nothing else", row, "counterfactual/overall/leakage", "<=", 0.1, "kilobench: share of the change outside the oracle's")
         card.criterion(f"{row}: undo restores the reading", row, "counterfactual/overall/undo_error", "<=", 0.0, "kilobench: exactly; guards against state in a network")
     for name in SCORES: card.criterion(f"unet + resnet: {name} moves with the oracle", "unet + resnet", f"counterfactual/score: {name}/change_rho", ">=", 0.8, "kilobench: Spearman of changes")
+
+
+def put_steering(card: Scorecard, networks: Mapping[str, nn.Module], made: DesignData, recipe: DesignRecipe) -> None:
+    """Teacher and few-step student under another brief and the same noise, on the card."""
+    for name, summary in steer_all(networks, made, recipe.decoder, recipe.counterfactuals).items():
+        card.counterfactual(summary, row=name)
+        card.criterion(f"{name}: another brief is followed", name, "counterfactual/overall/readback", ">=", 0.8, "kilobench: share of edits that the parsed design shows")
+        card.criterion(f"{name}: the same brief, the same design", name, "counterfactual/overall/null_error", "<=", 0.0, "kilobench: exactly")
+    card.picture("what if: another brief", steering_sheet(networks, recipe.decoder, made.size), caption="one noise; each column changes one label of the one before")
 
 
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
@@ -154,6 +163,7 @@ def counterfactual(run: Run) -> None:
         summary = a.summary()
         card.counterfactual(summary | {"kinds": summary["kinds"] | moves[name]}, row=name)
     state_criteria(card)
+    if run.recipe.decoder.generate: put_steering(card, networks, made, run.recipe)
     card.picture("what if: four edits", edit_sheet(scenes_of(made, 4), made.size, rows["unet + resnet"]), caption="declared colours before and after; white in a mask: what changed")
     card.write()
 

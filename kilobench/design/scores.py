@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reader', 'structure_scores', 'answer_scores', 'answers_of', 'read_split', 'confusion']
 
-# %% ../../nbs/design/01a_scores.ipynb #9f84a1e0
+# %% ../../nbs/design/01a_scores.ipynb #8ab7eba0
 from collections.abc import Callable, Mapping, Sequence
 import torch
 from scipy.stats import spearmanr
@@ -13,19 +13,20 @@ from torch import Tensor
 from ..core.metrics import iou
 from .data import DesignData
 from .oracle import SCORES
-from .render import harden
+from .render import expected_hierarchy, harden, level_numbers
 from .scene import FORMATS, GOALS
 
-# %% ../../nbs/design/01a_scores.ipynb #52283a77
+# %% ../../nbs/design/01a_scores.ipynb #0eb931af
 def structure_scores(soft: Tensor, structure: Tensor) -> dict[str, float]:
-    """Text and image IoU (over all pixels, and the 5th percentile of single designs), colour accuracy, hierarchy MSE; soft [N, 21, H, W], structure [N, 4, H, W]."""
+    """Text and image IoU (over all pixels, and the 5th percentile of single designs), colour accuracy, hierarchy MSE, accuracy of its levels on elements; soft [N, 30, H, W], structure [N, 4, H, W]."""
     hard, out = harden(soft), {}
     for k, name in enumerate(("text", "image")):
         a, b = hard[:, k] > 0.5, structure[:, k] > 0.5
         out |= {f"{name}_iou": ((a & b).sum() / (a | b).sum().clamp(min=1)).item(), f"{name}_iou_p5": iou(a, b).quantile(0.05).item()}
     right, element = hard[:, 2] == structure[:, 2], structure[:, 3] > 0
     out |= {"colour_acc": right.float().mean().item(), "colour_acc_fg": (right & element).sum().item() / max(1, int(element.sum()))}
-    return out | {"hierarchy_mse": (soft[:, -1] - structure[:, 3]).square().mean().item()}
+    out["level_acc_fg"] = ((level_numbers(hard) == level_numbers(structure)) & element).sum().item() / max(1, int(element.sum()))
+    return out | {"hierarchy_mse": (expected_hierarchy(soft) - structure[:, 3]).square().mean().item()}
 
 # %% ../../nbs/design/01a_scores.ipynb #e8a7a10c
 def answer_scores(answers: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> dict[str, float]:
@@ -44,8 +45,8 @@ def answers_of(labels: Mapping[str, Tensor]) -> dict[str, Tensor]:
     one = lambda k, n: torch.nn.functional.one_hot(labels[k], n).float()
     return {"goal": one("goal", len(GOALS)), "format": one("format", len(FORMATS)), "tone": labels["tone"], "grammar": labels["grammar"]}
 
-# %% ../../nbs/design/01a_scores.ipynb #b990ddfe
-Reader = Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]   # batch → (soft structure [B, 21, H, W], answers)
+# %% ../../nbs/design/01a_scores.ipynb #0c871ec7
+Reader = Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]   # batch → (soft structure [B, 30, H, W], answers)
 
 
 @torch.no_grad()
