@@ -10,6 +10,7 @@ from kilobench.design.distil import clean_guess, consistency_loss, halving_loss,
 from kilobench.design.generated import HARMS, fidelity, oracle_means
 from kilobench.design.parse import is_design, parse, parsed_scores
 from kilobench.design.render import render
+from kilobench.design.reward import ascend, best_of, norm_prior, reward_loss, sampled
 from kilobench.design.scene import FORMATS, GOALS, draw_scene
 from kilobench.design.steering import another, same, shows
 
@@ -275,3 +276,57 @@ def test_shows_and_same_read_labels():
     scene = draw_scene(5, "sale", "poster", 0.42)
     assert shows(scene, "goal", 0) and not shows(scene, "goal", 1) and shows(scene, "tone", 0.5) and not shows(scene, "tone", 0.9)
     assert same(scene, draw_scene(5, "menu", "poster", 0.45), "tone") and not same(scene, draw_scene(5, "menu", "poster", 0.45), "goal")
+
+
+# ---- reward: fine-tuning and search
+
+class Bright(torch.nn.Module):
+    """A judge that likes bright pictures: all four scores are the mean brightness."""
+    def forward(self, pictures): return None, {"grammar": pictures.mean((1, 2, 3))[:, None].expand(-1, 4)}
+
+
+def test_few_steps_are_the_samplers(net):
+    model = Denoiser(net)
+    assert torch.allclose(sampled(model, ONE, noisy(), 4), sample(model, ONE, noisy(), 4, 1.0), atol=1e-4)
+
+
+def test_gradients_of_the_reward_reach_the_noise_and_go_uphill(net):
+    """The public run descended its score, and cut the gradient on the way."""
+    model, brief = Denoiser(net), {k: v.expand(3) for k, v in ONE.items()}
+    z = noisy(3).requires_grad_()
+    grad, = torch.autograd.grad(sampled(model, brief, z, 4).mean(), z)
+    assert grad.flatten(1).abs().amax(1).gt(0).all()
+    before = sampled(model, brief, z.detach(), 4).mean((1, 2, 3))
+    pictures, liked = ascend(model, Bright(), brief, z.detach(), 4, ascents=3)
+    assert (liked > before).all() and torch.allclose(pictures.mean((1, 2, 3)), liked, atol=1e-5)
+
+
+def test_the_norm_prior_holds_the_noise_at_its_length(net):
+    z = noisy(2)
+    assert norm_prior(z).abs().max() < 0.01 and (norm_prior(1.5 * z) < norm_prior(1.1 * z)).all()
+    w = (2 * z).requires_grad_()
+    grad, = torch.autograd.grad(norm_prior(w).sum(), w)
+    assert (grad * w).sum() < 0         # too long: the prior pulls it back
+
+
+def test_best_of_n_keeps_the_best_and_more_draws_are_no_worse(net):
+    model, brief = Denoiser(net), {k: v.expand(2) for k, v in ONE.items()}
+    few, many = (best_of(model, Bright(), brief, 64, 2, n) for n in (2, 6))
+    assert (many[1] >= few[1]).all() and torch.allclose(many[0].mean((1, 2, 3)), many[1], atol=1e-5)
+
+
+def test_fine_tuning_follows_the_reward_and_is_held_by_what_it_was(net):
+    torch.manual_seed(0)
+    reference, brief = Denoiser(net), {k: v.expand(4) for k, v in ONE.items()}
+    def tuned(stay):
+        student = Denoiser(Decoder((16, 32, 32), context=16))
+        student.load_state_dict(reference.state_dict())
+        optimiser = torch.optim.Adam(student.parameters(), 1e-3)
+        for k in range(6):
+            optimiser.zero_grad()
+            sum(reward_loss(student, reference, Bright(), brief, noisy(4, k), 2, stay).values()).backward()
+            optimiser.step()
+        with torch.no_grad(): return sampled(student, brief, noisy(4), 2)
+    with torch.no_grad(): before = sampled(reference, brief, noisy(4), 2)
+    free, held = tuned(0.0), tuned(100.0)
+    assert free.mean() > before.mean() and (held - before).abs().mean() < 0.5 * (free - before).abs().mean()

@@ -43,7 +43,7 @@ class CompactPart(Part):
     profile: int = Field(32, ge=4, description="channels of the convolutions along rows and columns")
     hidden: int = Field(128, ge=8, description="width of its heads")
 
-# %% ../../nbs/design/00a_recipe.ipynb #da1e376b
+# %% ../../nbs/design/00a_recipe.ipynb #13a59ac9
 class DecoderPart(Part):
     """The decoder, its few-step students, and how many of their designs are judged."""
     generate: bool = Field(True, description="false: only take designs apart and judge them")
@@ -55,6 +55,8 @@ class DecoderPart(Part):
     guidance: float = Field(2.0, ge=1, description="weight of classifier-free guidance; 1 is none")
     steps: int = Field(50, ge=1, le=1000, description="the teacher's sampling steps")
     rungs: tuple[int, ...] = Field((32, 16, 8, 4), min_length=1, description="sampling steps of the students, each from the one before")
+    briefs: int = Field(50, ge=2, description="briefs for which the noise is searched")
+    ascents: int = Field(10, ge=1, description="steps of that search, each worth three random draws")
     samples: int = Field(2000, ge=8, description="generated designs that are measured, a sampler")
 
     @field_validator("rungs")
@@ -63,7 +65,7 @@ class DecoderPart(Part):
         if any(b >= a for a, b in zip(rungs, rungs[1:])) or not 1 <= rungs[-1] <= rungs[0] <= 250: raise ValueError("expected falling numbers of steps, 250 at most, such as 32,16,8,4")
         return rungs
 
-# %% ../../nbs/design/00a_recipe.ipynb #4af4dc97
+# %% ../../nbs/design/00a_recipe.ipynb #6b851702
 class LossPart(Part):
     """Weights of the loss terms; 0 switches one off."""
     dice: float = Field(1.0, ge=0, description="Dice of the text and image masks")
@@ -74,33 +76,36 @@ class LossPart(Part):
     format: float = Field(1.0, ge=0, description="cross-entropy of the format")
     tone: float = Field(10.0, ge=0, description="mean squared error of the tone")
     grammar: float = Field(10.0, ge=0, description="Huber error of the four scores, beyond 0.1 linear")
+    stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
-# %% ../../nbs/design/00a_recipe.ipynb #d3a07dd4
+# %% ../../nbs/design/00a_recipe.ipynb #df1c7c9b
 def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 
-TRAININGS = ("train", "judge", "distil", "baseline", "denoise", "halve", "tune")
+TRAININGS = ("train", "judge", "distil", "baseline", "denoise", "halve", "tune", "reward")
 NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
           "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
-              "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16,
+              "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.ascents": 1,
               **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
             "counterfactuals": 30, "train.steps": 1500, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 2000, "denoise.batch": 32, "denoise.lr": 1e-3, "denoise.warmup": 0.05,
-            **_each(("halve", "tune"), steps=200, batch=16, lr=3e-4, warmup=0.05, ema=0.95, eval_every=200, save_every=100)},
+            **_each(("halve", "tune"), steps=200, batch=16, lr=3e-4, warmup=0.05, ema=0.95, eval_every=200, save_every=100),
+            "reward.steps": 120, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 20, "reward.save_every": 60},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,
              "decoder.widths": [128, 256, 256], "decoder.patch": 8, "denoise.optimiser": "adamw", "denoise.lr": 2e-4, "denoise.schedule": "cosine", "denoise.batch": 16, "denoise.steps": 60_000,
-             **_each(("halve", "tune"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995)},
+             **_each(("halve", "tune"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995),
+             "reward.optimiser": "adamw", "reward.lr": 2e-5, "reward.schedule": "cosine", "reward.batch": 16, "reward.steps": 1000, "reward.eval_every": 100, "reward.save_every": 100},
 }
 
-# %% ../../nbs/design/00a_recipe.ipynb #a698ffe7
+# %% ../../nbs/design/00a_recipe.ipynb #746d8410
 class DesignRecipe(Recipe):
     """A run of the design project."""
     project: ClassVar[str] = "design"
@@ -118,4 +123,5 @@ class DesignRecipe(Recipe):
     denoise: TrainPart = TrainPart()
     halve: TrainPart = TrainPart()
     tune: TrainPart = TrainPart()
+    reward: TrainPart = TrainPart()
     counterfactuals: int = Field(60, ge=2, description="test designs that are edited")

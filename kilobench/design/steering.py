@@ -51,11 +51,11 @@ def steer(sampler: Sampler, auditor: nn.Module, brief: Brief, size: int) -> dict
     return {"edits": sum(k["edits"] for k in kinds.values()), "readback": mean("readback"), "others_kept": mean("others_kept"),
             "null_error": float((draw(sampler, brief, size) - before).abs().max()), "kinds": kinds}
 
-# %% ../../nbs/design/04a_steering.ipynb #da37443f
+# %% ../../nbs/design/04a_steering.ipynb #243ee154
 def steer_all(networks: Mapping[str, nn.Module], made: DesignData, part: DecoderPart, n: int) -> dict[str, dict[str, Any]]:
     """Row → its steering, for the diffusion teacher and the few-step student, on the briefs of the first n test designs."""
     brief, rows = brief_in(made.fetch(made.rows("test")[:n])), samplers(networks, part)
-    return {name: steer(rows[name][1], networks["alone"], brief, made.size) for name in (f"decoder, {part.steps} steps", f"few-step, {part.rungs[-1]}")}
+    return {name: steer(rows[name][1], networks["auditor"], brief, made.size) for name in (f"decoder, {part.steps} steps", f"few-step, {part.rungs[-1]}")}
 
 
 def steering_sheet(networks: Mapping[str, nn.Module], part: DecoderPart, size: int, labels: Sequence[tuple[str, str, float]] = (("sale", "poster", 0.1), ("menu", "poster", 0.1), ("menu", "banner", 0.1), ("menu", "banner", 0.9))) -> Any:
@@ -66,7 +66,7 @@ def steering_sheet(networks: Mapping[str, nn.Module], part: DecoderPart, size: i
     pictures = {name: rows[name][1](brief, one) for name in (f"decoder, {part.steps} steps", f"few-step, {part.rungs[-1]}")}
     return montage(pictures, titles=[f"{g}, {f}, {t:.1f}" for g, f, t in labels], size=1.3)
 
-# %% ../../nbs/design/04a_steering.ipynb #a893f784
+# %% ../../nbs/design/04a_steering.ipynb #4458938f
 def decoder_explorer(networks: Mapping[str, nn.Module] | None, part: DecoderPart, size: int = 64, needs: str = "") -> Explorer:
     """Goal, format, tone and a seed; the diffusion teacher and its few-step student answer side by side."""
     def look(goal: str, format: str, tone: float, seed: int) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def decoder_explorer(networks: Mapping[str, nn.Module] | None, part: DecoderPart
         brief, noise = brief_of([goal], [format], [tone]), torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
         rows = samplers(networks, part)
         shown = {name: rows[name][1](brief, noise)[0] for name in (f"decoder, {part.steps} steps", f"few-step, {part.rungs[-1]}")}
-        read = audit(networks["alone"], torch.stack(list(shown.values())))[1]
+        read = audit(networks["auditor"], torch.stack(list(shown.values())))[1]
         return shown | {"read": "; ".join(f"{s.goal}, {s.format}, tone {s.tone:.2f}, {len(s.elements)} elements" for s in read)}
 
     controls = {"goal": list(GOALS), "format": list(FORMATS), "tone": (0.0, 1.0, 0.05, 0.5), "seed": (0, 999, 1, 7)}

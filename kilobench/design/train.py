@@ -7,7 +7,7 @@ __all__ = ['WATCHED', 'BEST', 'PARTS', 'EXPORTED', 'composite_loss', 'answer_los
            'reader_of', 'sample_strip', 'step_of', 'train_network', 'save_trained', 'load_trained', 'load_networks',
            'made_by_training', 'train']
 
-# %% ../../nbs/design/02_train.ipynb #feae93e6
+# %% ../../nbs/design/02_train.ipynb #87ba5e77
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,11 @@ from ..core.teacher import freeze
 from ..core.training import Fitted, Strips, fit, load_fitted, mix
 from .data import DesignData, Split, data
 from .generators import train_generators
-from .model import NETWORKS, Teachers, build, check_sizes, decided, names_of, soft
+from .model import AUDITOR, NETWORKS, Teachers, build, check_sizes, decided, names_of, soft
 from .oracle import SCORES
 from .recipe import DesignRecipe, LossPart
 from .render import COLOUR, LEVEL, expected_hierarchy, harden, layers, level_numbers, structure_pictures
+from .reward import DECISION, load_rewarded, train_rewarded
 from .scores import read_split
 
 # %% ../../nbs/design/02_train.ipynb #6097b01b
@@ -90,11 +91,12 @@ def reader_of(name: str, module: nn.Module) -> Callable[[Mapping[str, Tensor]], 
         return soft(logits), answers
     return look
 
-# %% ../../nbs/design/02_train.ipynb #bb4c98bc
+# %% ../../nbs/design/02_train.ipynb #430d62c0
 WATCHED = {"encoder": ("text_iou", "image_iou", "colour_acc", "hierarchy_mse"), "abstractor": ("goal_acc", "format_acc", *(f"{s}_rho" for s in SCORES))}
 WATCHED |= {name: ("text_iou", "image_iou", "goal_acc", *(f"{s}_rho" for s in SCORES)) for name in ("compact", "alone")}
 BEST = {"encoder": "text_iou", "abstractor": "goal_acc", "compact": "text_iou", "alone": "text_iou"}
-PARTS = {"encoder": "train", "abstractor": "judge", "compact": "distil", "alone": "baseline"}   # of the recipe
+WATCHED["auditor"], BEST["auditor"] = WATCHED["encoder"], BEST["encoder"]
+PARTS = {"auditor": "train", "encoder": "train", "abstractor": "judge", "compact": "distil", "alone": "baseline"}   # of the recipe
 
 # %% ../../nbs/design/02_train.ipynb #5500b3f8
 def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Mapping[str, nn.Module]], Any]:
@@ -108,11 +110,11 @@ def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Mapping[s
         return montage({"picture": batch["image"], "oracle": colours(batch["structure"]), name: colours(read)}, size=0.9)
     return paint
 
-# %% ../../nbs/design/02_train.ipynb #c96327a9
+# %% ../../nbs/design/02_train.ipynb #b8a337c8
 def step_of(run: Run, name: str, others: nn.Module | None) -> Callable[[Mapping[str, nn.Module], Mapping[str, Tensor], int], dict[str, Tensor]]:
     """The loss of one training as `fit` wants it: (modules, batch, step) → terms. `others`: the encoder for the abstractor, the teachers for the compact student."""
     part, seed = run.recipe.loss, run.recipe.seed
-    if name == "encoder": return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
+    if name in ("encoder", AUDITOR): return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
     if name != "abstractor": return lambda modules, batch, _: student_loss(modules[name], batch, part, others)
 
     def step(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], at: int) -> dict[str, Tensor]:
@@ -155,10 +157,11 @@ def load_trained(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a network of the design project ({e}); give a file from a run's export/ folder") from None
     return fill(model, state, path).eval(), config
 
-# %% ../../nbs/design/02_train.ipynb #c8f920d9
+# %% ../../nbs/design/02_train.ipynb #b7301c34
 def load_networks(run: Run) -> dict[str, nn.Module]:
     """The trained networks of a run, averaged weights, eval mode, on the CPU."""
-    return {name: load_fitted(run, name, build(name, run.recipe)) for name in names_of(run.recipe)}
+    done = {name: load_fitted(run, name, build(name, run.recipe)) for name in names_of(run.recipe) if name != "rewarded"}
+    return done | ({"rewarded": load_rewarded(run, done["few"])} if run.recipe.decoder.generate else {})
 
 
 EXPORTED = (*NETWORKS, "few")      # the diffusion teacher and the one-step student stay with their run
@@ -167,7 +170,7 @@ EXPORTED = (*NETWORKS, "few")      # the diffusion teacher and the one-step stud
 def made_by_training(run: Run) -> list[str]:
     """What the stage leaves in the run folder."""
     names = names_of(run.recipe)
-    return [f"checkpoints/{n}/last" for n in names] + [f"export/{n}.safetensors" for n in names if n in EXPORTED]
+    return [f"checkpoints/{n}/last" for n in names] + [f"export/{n}.safetensors" for n in names if n in EXPORTED] + [DECISION] * run.recipe.decoder.generate
 
 
 @stage(makes=made_by_training, load=load_networks)
@@ -180,5 +183,6 @@ def train(run: Run) -> None:
         done[name] = train_network(run, name, made, others).module.cpu()
         if is_main(): save_trained(run.path("export", f"{name}.safetensors"), name, done[name], run.recipe)
     if run.recipe.decoder.generate:
-        few = train_generators(run, made)["few"]
+        auditor, few = train_network(run, AUDITOR, made).module.cpu(), train_generators(run, made)["few"]
         if is_main(): save_trained(run.path("export", "few.safetensors"), "few", few, run.recipe)
+        train_rewarded(run, made, few, Teachers(done["encoder"], done["abstractor"]), auditor)
