@@ -160,7 +160,7 @@ def denoising_loss(decoder: nn.Module, images: Tensor, brief: Brief, kind: str =
     said = decoder(s.add_noise(x, noise, time), time, {k: brief[k] for k in ("goal", "format", "tone")} | {"keep": keep})
     return {"velocity" if velocity else "noise": F.mse_loss(said, target)}
 
-# %% ../../nbs/design/01b_decoder.ipynb #02a4918b
+# %% ../../nbs/design/01b_decoder.ipynb #6fc815ba
 def guided(decoder: Callable[..., Tensor], x: Tensor, time: Tensor, brief: Brief, weight: float) -> Tensor:
     """The network's answer with classifier-free guidance; weight 1: the brief alone, one evaluation."""
     keep = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -179,5 +179,5 @@ def evaluations(steps: int, weight: float) -> int:
 def sample(decoder: Callable[..., Tensor], brief: Brief, noise: Tensor, steps: int = 50, weight: float = 2.0, kind: str = "zero-snr") -> Tensor:
     """Pictures [B, 3, H, W] in [0, 1] for a brief, from noise [B, 3, H, W]; the same noise gives the same picture."""
     s, x = schedule(kind, steps), noise
-    for t in s.timesteps: x = s.step(guided(decoder, x, t.expand(len(x)).to(x.device), brief, weight), t, x).prev_sample
+    for t in s.timesteps: x = s.step(guided(decoder, x, t.expand(len(x)).to(x.device), brief, weight), t, x, use_clipped_model_output=True).prev_sample
     return (x.clamp(-1, 1) + 1) / 2
