@@ -173,7 +173,7 @@ def test_every_goal_and_format_has_a_token_of_its_own():
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_a_denoiser_says_its_guess_in_the_schedules_words(kind):
-    picture, x, time = torch.rand(2, 3, 64, 64) * 2 - 1, noisy(2), torch.tensor([950, 500])
+    picture, x, time = torch.rand(2, 3, 64, 64) * 2 - 1, noisy(2), torch.tensor([950, 10])
     model = Denoiser(lambda_module(lambda x, time, brief: picture), kind)
     assert torch.allclose(clean_guess(model, x, model(x, time, ONE), time), picture, atol=1e-3)
     s, noise = schedule(kind), noisy(2, 1)

@@ -128,10 +128,7 @@ def schedule(kind: str = "zero-snr", steps: int = 50) -> Any:
     s.set_timesteps(steps)
     return s
 
-# %% ../../nbs/design/01b_decoder.ipynb #76b99367
-LEAST_SIGMA = 0.3
-
-
+# %% ../../nbs/design/01b_decoder.ipynb #f69698b2
 class Denoiser(nn.Module):
     """A decoder that answers as a schedule asks: noisy pictures [B, 3, H, W], times [B] and a brief → velocity (zero-snr) or noise (linear)."""
     def __init__(self, decoder: nn.Module, kind: str = "zero-snr"):
@@ -147,18 +144,22 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, time: Tensor, brief: Brief) -> Tensor:
         picture, noise = self.levels(time)
         guess = self.decoder(x.contiguous(memory_format=torch.channels_last), time, brief)
-        return ((picture * x - guess) if self.kind == "zero-snr" else (x - picture * guess)) / noise.clamp(min=LEAST_SIGMA)
+        return ((picture * x - guess) if self.kind == "zero-snr" else (x - picture * guess)) / noise
 
-# %% ../../nbs/design/01b_decoder.ipynb #0e104c6e
+# %% ../../nbs/design/01b_decoder.ipynb #3c1c09f5
+LEAST_SIGMA = 0.3
+
+
 def denoising_loss(decoder: nn.Module, images: Tensor, brief: Brief, kind: str = "zero-snr", drop: float = 0.1) -> dict[str, Tensor]:
-    """{noise} or {velocity}: mean squared error at a random time; images [B, 3, H, W] in [0, 1]; the brief is withheld from a share `drop`."""
+    """{noise} or {velocity}: mean squared error at a random time, less where little noise is left; images [B, 3, H, W] in [0, 1]; the brief is withheld from a share `drop`."""
     x, s = 2 * images - 1, schedule(kind)
     time = torch.randint(0, NOISE_STEPS, (len(x),), device=x.device)
     noise, keep = torch.randn_like(x), torch.rand(len(x), device=x.device) >= drop
     velocity = s.config.prediction_type == "v_prediction"
     target = s.get_velocity(x, noise, time) if velocity else noise
     said = decoder(s.add_noise(x, noise, time), time, {k: brief[k] for k in ("goal", "format", "tone")} | {"keep": keep})
-    return {"velocity" if velocity else "noise": F.mse_loss(said, target)}
+    sigma = (1 - s.alphas_cumprod.to(x.device)[time]).sqrt().view(-1, 1, 1, 1)
+    return {"velocity" if velocity else "noise": F.mse_loss(said * (weight := sigma / sigma.clamp(min=LEAST_SIGMA)), target * weight)}
 
 # %% ../../nbs/design/01b_decoder.ipynb #6fc815ba
 def guided(decoder: Callable[..., Tensor], x: Tensor, time: Tensor, brief: Brief, weight: float) -> Tensor:
