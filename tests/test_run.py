@@ -399,6 +399,13 @@ def test_a_changed_recipe_file_is_noticed():
     assert "changed since the run was started" in line(lambda: Run.open(Toy.make(), run.dir))
 
 
+def test_a_field_of_another_version_is_not_taken_for_a_mistake_in_the_command():
+    run = Run.open(Toy.make())
+    run.path("recipe.yaml").write_text(run.path("recipe.yaml").read_text() + "forgotten: 3\n")
+    said = line(lambda: Run.open(Toy.make(), run.dir))
+    assert "forgotten" in said and "another version of kilobench" in said and "choose another name or move the folder away" in said
+
+
 def test_manifest_says_what_it_ran_on(monkeypatch):
     run = Run.open(Toy.make())
     said = run.manifest

@@ -11,8 +11,8 @@ from PIL import Image
 from kilobench.core.metrics import Stamp
 from kilobench.core.recipe import Recipe, UserError
 from kilobench.core.run import Run, stage
-from kilobench.core.scorecard import (Collapse, Report, Row, Scorecard, StagePart, better, compare, decimals, flat_metrics, judge, judge_collapse,
-                                      label, merge, number, read_parts, rebuild, render_page, table)
+from kilobench.core.scorecard import (Collapse, Report, Row, Scorecard, StagePart, better, boards, compare, decimals, flat_metrics, judge, judge_collapse,
+                                      label, merge, number, read_parts, rebuild, render_page, table, tables)
 
 SHAPE = {"project", "preset", "stamp", "data", "rows", "criteria", "counterfactual", "collapsed", "seconds"}
 
@@ -367,6 +367,21 @@ def test_what_the_page_says(run):
         assert said in text, said
     assert [a["href"] for a in page.all("a")] == ["#main", "notebooks/02_train.ipynb"]
     assert page.all("img")[0]["alt"] == "first" and page.all("img")[0]["width"] == "256"      # the hero comes first, 8 pixels enlarged 32 times
+
+
+def test_rows_that_share_no_metric_stand_in_tables_of_their_own(run):
+    card = fill(Scorecard(run, Stamp()))
+    card.row("painter", "student", {"fd": {"drawn": 0.2}}, {"latency_ms_b1": 9.0})
+    card.row("blank", "control", {"fd": {"drawn": 3.0}})
+    card.row("yardstick", "control", {"psnr": {"shifted": 30.0}})
+    report = merged(card)
+    assert boards(report) == [["oracle", "slots", "blank page", "mean image"], ["painter", "blank"], ["yardstick"]]
+    assert [[r.name for r in t["rows"]] for t in tables(report, "cost")] == [["oracle", "slots"], ["painter"]]
+    card.row("slots", "student", {"fd": {"drawn": 1.0}})      # who was asked both joins the two
+    assert boards(merged(card)) == [["oracle", "slots", "painter", "blank page", "mean image", "blank"], ["yardstick"]]
+    card.write()
+    headings = [t for t in Page(run.path("index.html").read_text()).all("th") if t.get("scope") == "col"]
+    assert headings and "painter" in run.path("index.html").read_text()
 
 
 def test_collapse_is_said_in_red_above_everything(run):

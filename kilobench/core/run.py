@@ -371,7 +371,7 @@ def _check_same(found: Recipe, asked: Recipe, dir: Path) -> None:
         if len(diff) > 6: text += f", and {len(diff) - 6} more"
         raise UserError(f"{dir} holds a run of another recipe: {text}; choose another folder or the same values")
 
-# %% ../../nbs/core/01_run.ipynb #a4531f99
+# %% ../../nbs/core/01_run.ipynb #cdfb3466
 class RunOpening(RunRecord):
     "How a run comes to be: opened for a recipe, or loaded from its folder."
     def __init__(self, dir: str | Path, recipe: Recipe):
@@ -385,7 +385,10 @@ class RunOpening(RunRecord):
         A folder with another recipe, or with things that are no run, is a UserError.
         """
         run = cls(_folder(dir) if dir else default_dir(recipe), recipe)
-        if (run.dir / "recipe.yaml").exists(): _check_same(cls.load(run.dir).recipe, recipe, run.dir)
+        if (run.dir / "recipe.yaml").exists():
+            try: found = cls.load(run.dir).recipe
+            except UserError as e: raise UserError(f"{e}; where another version of kilobench made this run, choose another name or move the folder away") from None
+            _check_same(found, recipe, run.dir)
         elif not create:
             raise UserError(f"{run.dir}: no run there; start it with `kilobench run {recipe.project} --preset {recipe.preset}`")
         elif run.dir.exists() and not _vacant(run.dir):

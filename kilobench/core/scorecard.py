@@ -6,9 +6,9 @@
 __all__ = ['Value', 'BAD', 'STAGES', 'WORDS', 'UNITS', 'ASIDE', 'TEMPLATES', 'NEUTRAL', 'Row', 'Criterion', 'Check', 'Ceiling',
            'Collapse', 'Data', 'parse', 'better', 'finite', 'judge', 'plain', 'flat_metrics', 'Report',
            'judge_collapse', 'CriterionAsked', 'Picture', 'StagePart', 'merge_rows', 'add_speedup', 'merge',
-           'Scorecard', 'label', 'full_label', 'unit', 'decimals', 'number', 'table', 'remarks', 'bars', 'headlines',
-           'template', 'render_page', 'load_picture', 'page_of', 'read_parts', 'rebuild', 'summary_html',
-           'refuse_unlike', 'compare']
+           'Scorecard', 'label', 'full_label', 'unit', 'decimals', 'number', 'boards', 'tables', 'table', 'remarks',
+           'bars', 'headlines', 'template', 'render_page', 'load_picture', 'page_of', 'read_parts', 'rebuild',
+           'summary_html', 'refuse_unlike', 'compare']
 
 # %% ../../nbs/core/08_scorecard.ipynb #b85406ab
 import json
@@ -440,7 +440,7 @@ def number(value: Value, places: int | None = None, suffix: str = "") -> str:
     if places is None: places = max(0, 2 - math.floor(math.log10(abs(v)))) if v and v != int(v) else 0
     return f"{v:,.{min(places, 6)}f}{suffix}"
 
-# %% ../../nbs/core/08_scorecard.ipynb #c3187e41
+# %% ../../nbs/core/08_scorecard.ipynb #8fe59891
 ASIDE = ("device", "threads", "repeats")     # of a cost: how it was measured, not what it was
 
 
@@ -459,9 +459,26 @@ def _line(head: str, metric: str, cells: Mapping[str, Value], rows: Sequence[Row
                                      "best": r.name in races and top is not None and finite(cells.get(r.name)) == top} for r in rows]}
 
 
-def table(report: Report, part: Literal["metrics", "cost"]) -> dict[str, Any]:
-    """Columns (the rows that have any) and groups of lines: for metrics one group a metric, one line a split."""
-    rows = [r for r in _columns(report) if getattr(r, part)]
+def boards(report: Report) -> list[list[str]]:
+    """Names of rows in groups that share metrics, in reading order; who shares none with the others was asked something else."""
+    order, groups = [r.name for r in _columns(report)], []     # of (metrics, names)
+    for r in _columns(report):
+        keys, names = set(r.metrics), {r.name}
+        for other in [g for g in groups if g[0] & keys]:
+            keys, names = keys | other[0], names | other[1]
+            groups.remove(other)
+        groups.append((keys, names))
+    return sorted((sorted(names, key=order.index) for _, names in groups), key=lambda names: order.index(names[0]))
+
+
+def tables(report: Report, part: Literal["metrics", "cost"]) -> list[dict[str, Any]]:
+    """The tables of a part, one a board that has any of it."""
+    return [t for names in boards(report) if (t := table(report, part, names))["groups"]]
+
+
+def table(report: Report, part: Literal["metrics", "cost"], among: Sequence[str] | None = None) -> dict[str, Any]:
+    """Columns (the rows that have any, or those `among` them) and groups of lines: for metrics one group a metric, one line a split."""
+    rows = [r for r in _columns(report) if getattr(r, part) and (among is None or r.name in among)]
     keys = list(dict.fromkeys(k for r in rows for k, v in getattr(r, part).items() if not (part == "cost" and k in ASIDE)))
     groups = []
     for name in dict.fromkeys(k.split("/")[0] for k in keys):
@@ -660,7 +677,7 @@ TEMPLATES["opening.html"] = """
 </dl>{% endif %}
 """
 
-# %% ../../nbs/core/08_scorecard.ipynb #1735ef08
+# %% ../../nbs/core/08_scorecard.ipynb #3be39943
 TEMPLATES["evidence.html"] = """
 {% for b in bars %}<section><h2>Above the controls: {{ b.metric }}</h2>
 <p class="note">{{ b.test.row }} has to clear the best control{{ ' (' + b.test.control + ')' if b.test.control }}
@@ -674,9 +691,9 @@ by {{ b.test.margin }}{{ b.unit }}: the dashed line{{ ' at ' + b.hurdle_text if 
 {% if b.ceiling is not none %}<s class="ceiling" style="left:calc({{ b.ceiling }}% - 1px)"></s>{% endif %}</div></td></tr>
 {% endfor %}</tbody></table></div></section>{% endfor %}
 
-{% if metrics.groups %}<section><h2>The bench</h2>
+{% if metrics %}<section><h2>The bench</h2>
 <p class="note">The best of students and baselines is in blue. Controls know nothing of the input.</p>
-{{ bench(metrics, 'Metrics by split and row') }}
+{% for sheet in metrics %}{{ bench(sheet, 'Metrics by split and row') }}{% endfor %}
 {% for r in remarks %}<p class="note">n/a: {{ r }}</p>{% endfor %}</section>{% endif %}
 
 {% if report.criteria %}<section><h2>Criteria</h2>
@@ -690,7 +707,7 @@ by {{ b.test.margin }}{{ b.unit }}: the dashed line{{ ' at ' + b.hurdle_text if 
 {% endfor %}</tbody></table></div></section>{% endif %}
 """
 
-# %% ../../nbs/core/08_scorecard.ipynb #ece2e55b
+# %% ../../nbs/core/08_scorecard.ipynb #2df4fdee
 TEMPLATES["more.html"] = """
 {% for row, sheet in edits.items() %}<section><h2>What if: {{ row }}</h2>
 {% if sheet.lines %}<p class="note">Every edit was made on teacher and student alike, all else held. A dash: not measured.</p>
@@ -702,7 +719,7 @@ TEMPLATES["more.html"] = """
 {% if sheet.facts %}<dl class="facts">{% for k, v in sheet.facts.items() %}<dt>{{ k }}</dt><dd>{{ v }}</dd>{% endfor %}</dl>{% endif %}
 </section>{% endfor %}
 
-{% if costs.groups %}<section><h2>Cost</h2><p class="note">{{ machines }}</p>{{ bench(costs, 'Cost by row') }}</section>{% endif %}
+{% if costs %}<section><h2>Cost</h2><p class="note">{{ machines }}</p>{% for sheet in costs %}{{ bench(sheet, 'Cost by row') }}{% endfor %}</section>{% endif %}
 
 {% if ceilings %}<section><h2>Ceilings</h2>
 <p class="note">What a student could reach on this data, however large, and the share of it that {{ ceilings_of }} has.</p>
@@ -836,7 +853,7 @@ def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
              "python": manifest.get("python"), "started": manifest.get("time")}
     return {k: str(v) for k, v in facts.items() if v} if manifest else {}
 
-# %% ../../nbs/core/08_scorecard.ipynb #393c24a1
+# %% ../../nbs/core/08_scorecard.ipynb #3244e30d
 def template(name: str) -> jinja2.Template:
     """One of the templates above, with escaping on and unknown names an error."""
     return jinja2.Environment(loader=jinja2.DictLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -855,7 +872,7 @@ def render_page(report: Report, pictures: Sequence[Mapping[str, Any]] = (), mani
     return template("page.html").render(
         report=report, subtitle=" · ".join(s for s in subtitle if s), alarms=_alarms(report), headlines=headlines(report),
         hero=hero, gallery=[p for p in pictures if p is not hero], bars=[bars(report, t) for t in report.data.collapse],
-        metrics=table(report, "metrics"), remarks=remarks(report), costs=table(report, "cost"),
+        metrics=tables(report, "metrics"), remarks=remarks(report), costs=tables(report, "cost"),
         machines="Latency is a median after warm-up" + "".join(f", {w}" for w in where if w) + ".", ceilings=_ceiling_lines(report),
         ceilings_of=next((r.name for r in rows if r.role == "student"), "the student"),
         edits={row: _edit_table(kinds) for row, kinds in report.counterfactual.items()}, stamp=_flat_stamp(report.stamp),

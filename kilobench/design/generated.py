@@ -44,7 +44,7 @@ def features_of(auditor: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
     """The features [N, D] alone, without parsing."""
     return torch.cat([auditor.features(some)[1].mean((2, 3)) for some in ((images * 255).round() / 255).split(batch)])
 
-# %% ../../nbs/design/03a_generated.ipynb #ee6eef4a
+# %% ../../nbs/design/03a_generated.ipynb #a48b370f
 def blurred(images: Tensor, radius: int) -> Tensor:
     """Box blur over 2 radius + 1 pixels."""
     return images if radius == 0 else F.avg_pool2d(F.pad(images, (radius,) * 4, mode="replicate"), 2 * radius + 1, 1)
@@ -56,11 +56,11 @@ def noised(images: Tensor, sigma: float) -> Tensor:
 
 
 def exchanged(images: Tensor, share: float) -> Tensor:
-    """A share of the 16 blocks of each design taken from another design, at the same place."""
-    out, other, side = images.clone(), images.roll(1, 0), images.shape[-1] // 4
-    for k in torch.randperm(16, generator=torch.Generator().manual_seed(0))[:round(16 * share)].tolist():
+    """A share of the 16 blocks of each design, each taken from the same place of another design."""
+    out, side = images.clone(), images.shape[-1] // 4
+    for n, k in enumerate(torch.randperm(16, generator=torch.Generator().manual_seed(0))[:round(16 * share)].tolist(), 1):
         at = (..., slice(k // 4 * side, (k // 4 + 1) * side), slice(k % 4 * side, (k % 4 + 1) * side))
-        out[at] = other[at]
+        out[at] = images.roll(n, 0)[at]
     return out
 
 

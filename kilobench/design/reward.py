@@ -97,7 +97,7 @@ def gap_figure(history: Any) -> Any:
     ax.set(xlabel="step", ylabel="mean of the four scores"); ax.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/design/02c_reward.ipynb #eebbfa14
+# %% ../../nbs/design/02c_reward.ipynb #da128877
 def norm_prior(noise: Tensor) -> Tensor:
     """Log density [B] of the length of noise [B, ...], a number of its dimensions, 0 at the likeliest length."""
     d, r = noise[0].numel(), noise.flatten(1).norm(dim=1)
@@ -105,7 +105,7 @@ def norm_prior(noise: Tensor) -> Tensor:
     return ((d - 1) * (r / best).log() - (r.square() - best**2) / 2) / d
 
 
-def ascend(model: Denoiser, judge: nn.Module, brief: Brief, noise: Tensor, steps: int, ascents: int, lr: float = 0.05) -> tuple[Tensor, Tensor]:
+def ascend(model: Denoiser, judge: nn.Module, brief: Brief, noise: Tensor, steps: int, ascents: int, lr: float = 0.1) -> tuple[Tensor, Tensor]:
     """(pictures, proxies [B]) after that many steps of ascent on the noise [B, 3, H, W]; of each item the best step is kept."""
     z = noise.clone().requires_grad_()
     optimiser, top, kept = torch.optim.Adam([z], lr), torch.full((len(z),), -torch.inf), None
