@@ -50,7 +50,7 @@ test: check
 	  said=$$(KILOBENCH_OUTPUTS=$(SCRATCH)/notebooks/$$(basename PART) $(BIN)/nbdev_test --path PART $$only --n_workers 1 --timing 2>&1); code=$$?; \
 	  echo "-- PART"; echo "$$said"; exit $$code'
 	@echo "== pytest"
-	@KILOBENCH_OUTPUTS=$(SCRATCH)/pytest $(BIN)/python -m pytest -n 2 --basetemp $(SCRATCH)/tmp
+	@KILOBENCH_OUTPUTS=$(SCRATCH)/pytest $(BIN)/python -m pytest -n 2 --dist loadfile --basetemp $(SCRATCH)/tmp
 
 check: $(STAMP)
 	@echo "== notebooks clean and in sync with kilobench/"
