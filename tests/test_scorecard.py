@@ -12,7 +12,7 @@ from kilobench.core.metrics import Stamp
 from kilobench.core.recipe import Recipe, UserError
 from kilobench.core.run import Run, stage
 from kilobench.core.scorecard import (Collapse, Report, Row, Scorecard, StagePart, better, boards, compare, decimals, flat_metrics, judge, judge_collapse,
-                                      label, merge, number, read_parts, rebuild, render_page, table, tables)
+                                      label, merge, number, read_parts, rebuild, render_page, sideless, table, tables)
 
 SHAPE = {"project", "preset", "stamp", "data", "rows", "criteria", "counterfactual", "collapsed", "seconds"}
 
@@ -250,6 +250,14 @@ def test_the_best_of_a_cost_is_the_cheap_and_the_fast_one(run):
     card.write()
     lines = [line for g in table(rebuild(run), "cost")["groups"] for line in g["lines"]]
     assert len(lines) == 5 and all([c["best"] for c in line["cells"]] == [False, True, False] for line in lines)   # with the speed-up that follows
+
+
+def test_counts_and_floors_have_no_better_side(run):
+    assert better("MMD/generated") == better("memorised") == "lower" and not sideless("FD over floor/x") and better("FD over floor") == "lower"
+    card = fill(Scorecard(run, Stamp()))
+    card.row("slots", "student", {"elements": {"iid": 9.0}})
+    group = next(g for g in table(merged(card), "metrics")["groups"] if g["name"] == "elements")
+    assert sideless("elements") and sideless("FD(x) floor") and group["better"] == "" and not any(c["best"] for c in group["lines"][0]["cells"])
 
 
 def test_decimals_belong_to_the_group():
