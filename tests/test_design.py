@@ -462,7 +462,8 @@ def test_a_run_has_every_row_its_controls_and_its_ceilings(run):
     report = Report.load(run.dir)
     roles = {r.name: r.role for r in report.rows}
     assert roles["unet + resnet"] == "teacher" and roles["compact"] == "student" and roles["compact, alone"] == "baseline"
-    assert {n for n, r in roles.items() if r == "control"} == {"mean design", "another design", "oracle, one pixel off"}
+    assert {n for n, r in roles.items() if r == "control"} == {"mean design", "another design", "oracle, one pixel off", "blank page", "mean picture"}
+    assert roles["decoder, 4 steps"] == "teacher" and roles["decoder, 2 steps"] == "baseline" and {"few-step, 2", "one-step, 1", "few-step, rewarded", "innovation"} <= {n for n, r in roles.items() if r == "student"}
     assert {"goal_acc", "format_acc", "tone_mse"} <= set(report.data.ceilings) and report.collapsed and not any(c.passed for c in report.criteria)    # six steps teach nobody
     student = next(r for r in report.rows if r.name == "compact")
     assert student.cost["params"] * 8 <= next(r for r in report.rows if r.name == "unet + resnet").cost["params"] and student.cost["speedup_b1"] > 0
