@@ -18,7 +18,7 @@ from kilobench.design import commands, data as data_module
 from kilobench.design.counterfactual import edits_of, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import YARDSTICK, controls, readers, yardstick
-from kilobench.design.model import Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
+from kilobench.design.model import PLANES, Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
 from kilobench.design.recipe import DataPart, DesignRecipe, LossPart
@@ -402,7 +402,7 @@ def test_the_compact_student_is_at_most_an_eighth(preset):
 def test_full_is_resnet18_and_the_usual_unet():
     r = DesignRecipe.make("full", {"resnet.pretrained": False})
     trunk = build("abstractor", r).trunk
-    assert sum(p.numel() for p in trunk.parameters()) == 11_176_512 + (24 - 3) * 64 * 49 and r.train.lr == r.judge.lr == 1e-4 and r.train.schedule == "plateau"
+    assert sum(p.numel() for p in trunk.parameters()) == 11_176_512 + (PLANES - 3) * 64 * 49 and r.train.lr == r.judge.lr == 1e-4 and r.train.schedule == "plateau"
     assert r.train.batch == 32 and r.judge.batch == 64 and r.data.size == 256 and (r.loss.dice, r.loss.colour, r.loss.hierarchy) == (1.0, 0.5, 1.0)
 
 
@@ -556,6 +556,6 @@ def test_controls_know_nothing_of_the_picture(run):
 
 @pytest.mark.parametrize("args, said", [
     (["predict", "design", "--image", "nowhere.png"], "no such picture"), (["predict", "design", "--goal", "sail"], "sale"), (["predict", "design"], "give --image"),
-    (["predict", "design", "--image", "x.png", "--format", "post"], "one or the other"), (["run", "design", "decoder.rungs=4,8"], "falling"), (["data", "design", "--check", "nowhere"], "0 designs in metadata/"),
+    (["predict", "design", "--image", "x.png", "--format", "post"], "one or the other"), (["run", "design", "decoder.rungs=[4,8]"], "falling"), (["data", "design", "--check", "nowhere"], "0 designs in metadata/"),
     (["data", "design", "--size", "100", "--out", "x"], "a multiple of 64"), (["run", "design", "train.step=3"], "train.steps"), (["run", "design", "--preset", "cpuu"], "cpu")])
 def test_mistakes_on_the_command_line_are_one_line(run, args, said): assert_one_line(run.dir.parents[1], args, said)
