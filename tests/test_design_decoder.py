@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from kilobench.core.recipe import UserError
-from kilobench.design.decoder import (NOISE_STEPS, SCHEDULES, Attention, Decoder, Denoiser, Tokens, brief_of, denoising_loss, evaluations, guided, sample, schedule, waves)
+from kilobench.design.decoder import (NOISE_STEPS, SCHEDULES, Attention, Decoder, Denoiser, Tokens, brief_of, denoising_loss, evaluations, guided, nearest_colour, sample, schedule, waves)
 from kilobench.design.distil import clean_guess, consistency_loss, halving_loss, leap, step_times, two_steps
 from kilobench.design.generated import HARMS, fidelity, oracle_means
 from kilobench.design.parse import is_design, parse, parsed_scores
@@ -61,8 +61,10 @@ def test_a_withheld_brief_says_nothing(net):
     assert torch.equal(a, b) and not torch.equal(a, net(noisy(), torch.tensor([500]), ONE))
 
 
-def test_a_fresh_decoder_answers_zero_and_sees_the_time(net):
-    assert Decoder((16, 32, 32), context=16)(noisy(), torch.tensor([3]), ONE).abs().max() == 0
+def test_a_fresh_decoder_paints_the_mean_colour_and_sees_the_time(net):
+    fresh = Decoder((16, 32, 32), context=16)
+    guess, logits = fresh.painted(noisy(), torch.tensor([3]), ONE)
+    assert logits.shape == (1, 18, 64, 64) and logits.abs().max() == 0 and torch.allclose(guess, fresh.colours.mean(0).view(1, 3, 1, 1).expand_as(guess), atol=1e-6)
     assert (net(noisy(), torch.tensor([100]), ONE) - net(noisy(), torch.tensor([900]), ONE)).abs().max() > 1e-3
 
 
@@ -112,24 +114,44 @@ def test_sampling_arrives_where_the_decoder_points(kind, steps):
     assert left < (1e-5 if kind == "zero-snr" else 0.0055)
 
 
+def test_nearest_colours_are_those_of_a_loop_and_a_sure_decoder_paints_them(net):
+    x = 2 * torch.rand(2, 3, 8, 8) - 1
+    slow = ((x[:, None] - net.colours[None, :, :, None, None]).square().sum(2)).argmin(1)
+    assert torch.equal(nearest_colour(x), slow)
+    sure = Decoder((16, 32, 32), context=16)
+    torch.nn.init.constant_(sure.odds.bias.view(18, 16)[5], 40.0)
+    assert torch.allclose(sure(noisy(), torch.tensor([3]), ONE), sure.colours[5].view(1, 3, 1, 1).expand(1, 3, 64, 64), atol=1e-5)
+
+
+class Knows(torch.nn.Module):
+    """Paints one design, whatever it is shown; remembers which briefs it was told."""
+    def __init__(self, picture):
+        super().__init__()
+        self.picture, self.told = 2 * picture - 1, []
+
+    def painted(self, x, time, brief):
+        self.told.append(brief["keep"])
+        picture = self.picture.expand(len(x), -1, -1, -1)
+        return picture, 60.0 * torch.nn.functional.one_hot(nearest_colour(picture), 18).permute(0, 3, 1, 2)
+
+
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_the_loss_is_zero_for_a_decoder_that_knows(kind):
     torch.manual_seed(0)
-    picture = torch.from_numpy(render(draw_scene(4))[0])[None]
-    loss = denoising_loss(knowing(picture, kind), picture.expand(8, -1, -1, -1), {k: v.expand(8) for k, v in ONE.items()}, kind)
-    assert set(loss) == {"noise" if kind == "linear" else "velocity"} and next(iter(loss.values())) < 1e-6
-    wrong = denoising_loss(lambda x, t, b: torch.zeros_like(x), picture.expand(8, -1, -1, -1), {k: v.expand(8) for k, v in ONE.items()}, kind)
-    assert next(iter(wrong.values())) > 0.1
+    picture, other = (torch.from_numpy(render(draw_scene(n))[0])[None] for n in (4, 5))
+    eight = {k: v.expand(8) for k, v in ONE.items()}
+    loss = denoising_loss(Denoiser(Knows(picture), kind), picture.expand(8, -1, -1, -1), eight)
+    assert set(loss) == {"noise" if kind == "linear" else "velocity", "paint"} and max(loss.values()) < 1e-6
+    wrong = denoising_loss(Denoiser(Knows(other), kind), picture.expand(8, -1, -1, -1), eight)
+    assert min(wrong.values()) > 0.1
+    assert denoising_loss(Denoiser(Knows(other), kind), picture.expand(8, -1, -1, -1), eight, paint=0.0)["paint"] == 0
 
 
 def test_the_brief_is_withheld_as_often_as_asked():
-    seen = []
-    def spy(x, time, brief):
-        seen.append(brief["keep"])
-        return torch.zeros_like(x)
+    spy = Knows(torch.zeros(1, 3, 8, 8))
     torch.manual_seed(0)
-    denoising_loss(spy, torch.rand(400, 3, 8, 8), {k: v.expand(400) for k, v in ONE.items()}, drop=0.25)
-    assert abs(seen[0].float().mean() - 0.75) < 0.08
+    denoising_loss(Denoiser(spy), torch.rand(400, 3, 8, 8), {k: v.expand(400) for k, v in ONE.items()}, drop=0.25)
+    assert abs(spy.told[0].float().mean() - 0.75) < 0.08
 
 
 # ---- guidance and sampling

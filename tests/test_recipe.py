@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from pydantic import Field, model_validator
 
 from kilobench.core.recipe import (Part, PathText, Recipe, TrainPart, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest,
@@ -152,6 +152,7 @@ def test_unknown_preset_and_project_name_the_nearest():
     assert "did you mean 'smoke'" in line(lambda: Demo.make("smok"))
     assert "did you mean 'demo'" in line(lambda: load_recipe_class("dmeo"))
     assert load_recipe_class("demo").project == "demo"
+    assert "did you mean 'train.steps'" in nearest("trian.steps", ["baseline.steps", "train.steps", "tune.steps"])     # the same last part: the whole decides
     assert "the nearest is" in nearest("zzzz", ["cat", "dog"]) and "nothing to choose" in nearest("a", [])
 
 
@@ -168,6 +169,7 @@ values = st.recursive(
 
 @settings(max_examples=150, deadline=None)
 @given(st.dictionaries(st.from_regex(r"[a-z]+(\.[a-z]+)?", fullmatch=True), values, max_size=4))
+@example({"a": {"\x7f" * 110: None}})     # longer, once escaped, than a reader allows
 def test_overrides_survive_being_written_as_one_line(given):
     text = join_overrides(given)
     assert "\n" not in text and parse_overrides(text) == given
@@ -181,6 +183,7 @@ def test_overrides_survive_being_written_as_one_line(given):
     maybe=st.none() | st.floats(allow_nan=False),
     terms=st.dictionaries(st.text(), st.floats(allow_nan=False), max_size=3),
 )
+@example(note="", tags=[], lr=1.0, maybe=None, terms={"\x7f" * 110: 1.0})
 def test_yaml_reads_back_what_it_wrote(tmp_path_factory, note, tags, lr, maybe, terms):
     r = Demo.make("cpu", {"note": note, "tags": tags, "train.lr": lr, "maybe": maybe, "loss.terms": terms})
     file = tmp_path_factory.getbasetemp() / "recipe.yaml"

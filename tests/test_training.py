@@ -236,6 +236,16 @@ def test_a_gan_with_two_optimisers_resumes(server, whole, tmp_path, at):
     assert {"last/accelerate/optimizer.bin", "last/accelerate/optimizer_1.bin"} <= whole("gan").keys()
 
 
+def test_muon_resumes(server, whole, tmp_path):
+    """Its momentum is in the checkpoint; and it is another training than AdamW's."""
+    how = "train.optimiser=muon"
+    assert server(dir=tmp_path / "whole", overrides=how)[0] == 0
+    assert server(dir=tmp_path / "r", overrides=how, at="step:37")[0] == -signal.SIGKILL
+    assert server(dir=tmp_path / "r", overrides=how)[0] == 0
+    same(outcome(tmp_path / "r"), outcome(tmp_path / "whole"))
+    with pytest.raises(AssertionError): same(outcome(tmp_path / "r"), whole())
+
+
 @pytest.mark.parametrize("number,code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_then_stops(server, whole, tmp_path, number, code):
     got, lines = server(dir=tmp_path / "r", at="signal:33", send=number)

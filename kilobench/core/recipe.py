@@ -29,7 +29,7 @@ class UserError(Exception):
     "A mistake in what the user gave, told in one line: what, where (file, field, row), what was expected, what to do."
     def __init__(self, line: str): super().__init__(re.sub(r"\s*[\r\n]+\s*", " ", str(line)).strip())
 
-# %% ../../nbs/core/00_recipe.ipynb #be324226
+# %% ../../nbs/core/00_recipe.ipynb #ff016c2c
 def _similar(word: str, name: str) -> float:
     w, n = word.lower(), name.lower()
     pairs = [(w, n), (w.rpartition(".")[2], n.rpartition(".")[2])] if "." in w + n else [(w, n)]
@@ -42,7 +42,7 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     """
     word, names = str(word), sorted(set(map(str, valid)))
     if not names: return f"{word[:60]!r} is unknown, and there is nothing to choose from"
-    ranked = sorted(names, key=lambda n: -_similar(word, n))
+    ranked = sorted(names, key=lambda n: (-_similar(word, n), -difflib.SequenceMatcher(None, word.lower(), n.lower()).ratio()))
     listed = ", ".join(ranked[:8]) + (f", … ({len(names)} in all)" if len(names) > 8 else "")
     say = f"did you mean {ranked[0]!r}?" if _similar(word, ranked[0]) >= 0.6 else f"the nearest is {ranked[0]!r}"
     return f"{word[:60]!r} is not one of {listed}; {say}"
@@ -61,13 +61,13 @@ def _absolute(text: str) -> str:
 
 PathText = Annotated[str, AfterValidator(_absolute)]
 
-# %% ../../nbs/core/00_recipe.ipynb #7553cc7b
+# %% ../../nbs/core/00_recipe.ipynb #da58fe62
 class TrainPart(Part):
     """How `core.training.fit` trains: steps, batch, optimiser, schedule and how often to log, evaluate and save."""
     steps: int = Field(1000, ge=0, description="optimiser steps")
     batch: int = Field(64, ge=1, description="samples an optimiser step, over all processes")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
-    optimiser: Literal["adamw", "adam"] = Field("adamw", description="which Adam; adamw decouples the weight decay")
+    optimiser: Literal["adamw", "adam", "muon"] = Field("adamw", description="adamw decouples the weight decay; muon orthogonalises the steps of matrices")
     weight_decay: float = Field(0.0, ge=0, description="weight decay an optimiser step, times lr")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's two moving averages, each 0..1")
     schedule: Literal["onecycle", "cosine", "cosine2", "step", "plateau", "none"] = Field("onecycle", description="learning rate over the steps")
@@ -123,7 +123,7 @@ def flatten(values: Mapping[str, Any], cls: type[Part], where: str = "", prefix:
         else: raise UserError(f"{where}unknown field: {nearest(name, known)}")
     return out
 
-# %% ../../nbs/core/00_recipe.ipynb #7ebb541d
+# %% ../../nbs/core/00_recipe.ipynb #769fa235
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict = {}
 
@@ -133,6 +133,7 @@ class _Loader(yaml.SafeLoader):
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a word that either YAML would take for something else, and escapes what does not print."""
+    def check_simple_key(self) -> bool: return super().check_simple_key() and len(getattr(self.event, "value", "") or "") < 100     # escaped it may have ten times as many signs, and a reader stops at 1024
     def text(self, s: str) -> yaml.Node: return self.represent_scalar("tag:yaml.org,2002:str", s, style=None if s.isprintable() else '"')
 
 _Dumper.add_representer(str, _Dumper.text)
@@ -180,13 +181,13 @@ def parse_overrides(overrides: str | Sequence[str] | Mapping[str, Any]) -> dict[
         out[name.strip()] = read_value(value, f"override {name.strip()}")
     return out
 
-# %% ../../nbs/core/00_recipe.ipynb #6593ea82
+# %% ../../nbs/core/00_recipe.ipynb #faaf25bf
 def join_overrides(values: Mapping[str, Any]) -> str:
     "{dotted name: value} as the one line that `parse_overrides` reads back."
     return " ".join(f"{k}={_flow(v)}" for k, v in pydantic_core.to_jsonable_python(dict(values), inf_nan_mode="constants").items())
 
 def _flow(v: Any) -> str:
-    if isinstance(v, dict): return "{" + ", ".join(f"{_flow(k)}: {_flow(x)}" for k, x in v.items()) + "}"
+    if isinstance(v, dict): return "{" + ", ".join(f"{'? ' * (len(_flow(k)) > 1000)}{_flow(k)}: {_flow(x)}" for k, x in v.items()) + "}"
     if isinstance(v, list): return "[" + ", ".join(map(_flow, v)) + "]"
     if isinstance(v, str): return re.sub(r"[^ -~]", lambda m: f"\\U{ord(m[0]):08x}", json.dumps(v, ensure_ascii=False))
     return {"NaN": ".nan", "Infinity": ".inf", "-Infinity": "-.inf"}.get(text := json.dumps(v), text)

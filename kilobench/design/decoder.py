@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Brief', 'SCHEDULES', 'NOISE_STEPS', 'LEAST_SIGMA', 'brief_of', 'waves', 'Tokens', 'ResBlock', 'zero', 'Attention',
-           'Decoder', 'schedule', 'Denoiser', 'denoising_loss', 'guided', 'evaluations', 'sample']
+           'Decoder', 'nearest_colour', 'schedule', 'Denoiser', 'denoising_loss', 'guided', 'evaluations', 'sample']
 
-# %% ../../nbs/design/01b_decoder.ipynb #bbf45728
+# %% ../../nbs/design/01b_decoder.ipynb #8855bf9e
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.metrics import import_torchvision
 from ..core.recipe import UserError, nearest
-from .scene import FORMATS, GOALS, check_labels
+from .render import N_COLOURS
+from .scene import FORMATS, GOALS, RGB, check_labels
 
 # %% ../../nbs/design/01b_decoder.ipynb #1ebc0008
 Brief = Mapping[str, Tensor]    # goal [B] and format [B] whole numbers, tone [B] in [0, 1]; `keep` [B] bool where some are withheld
@@ -89,7 +90,7 @@ class Attention(nn.Module):
         h = h + self.out2(self.attend(self.query(self.norm2(h)), *self.key_value(tokens).chunk(2, 2)))
         return h.transpose(1, 2).unflatten(2, x.shape[2:])
 
-# %% ../../nbs/design/01b_decoder.ipynb #9fd55717
+# %% ../../nbs/design/01b_decoder.ipynb #db5bb0b2
 class Decoder(nn.Module):
     """Noisy pictures [B, 3, H, W] in about [-1, 1], times [B] in 0…999 and a brief → [B, 3, H, W]: its guess of the clean picture."""
     def __init__(self, widths: tuple[int, int, int] = (64, 128, 128), patch: int = 4, context: int = 64, size: int = 64):
@@ -101,17 +102,29 @@ class Decoder(nn.Module):
         self.down1, self.half1, self.down2, self.see2 = ResBlock(a, a, e), nn.Conv2d(a, b, 3, 2, 1), ResBlock(b, b, e), Attention(b, context)
         self.half2, self.down3, self.see3, self.middle = nn.Conv2d(b, c, 3, 2, 1), ResBlock(c, c, e), Attention(c, context), ResBlock(c, c, e)
         self.up2, self.look2, self.up1, self.last = ResBlock(b + c, b, e), Attention(b, context), ResBlock(a + b, a, e), ResBlock(a, a, e)
-        self.leave = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), zero(nn.Conv2d(a, inside, 3, padding=1)))
+        self.leave, self.odds, self.rest = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU()), zero(nn.Conv2d(a, N_COLOURS * patch**2, 1)), zero(nn.Conv2d(a, inside, 3, padding=1))
+        self.register_buffer("colours", torch.as_tensor(2 * RGB - 1).float(), persistent=False)
 
-    def forward(self, x: Tensor, time: Tensor, brief: Brief) -> Tensor:
-        """One evaluation of the network."""
+    def painted(self, x: Tensor, time: Tensor, brief: Brief) -> tuple[Tensor, Tensor]:
+        """(guess [B, 3, H, W], logits [B, 18, H, W] of the declared colours it was painted with)."""
         tokens, t = self.tokens(brief), self.time(waves(time, 64))
         h1 = self.down1(self.enter(F.pixel_unshuffle(x, self.patch)) + self.place, t)
         h2 = self.see2(self.down2(self.half1(h1), t), tokens)
         h = self.middle(self.see3(self.down3(self.half2(h2), t), tokens), t)
         h = self.look2(self.up2(torch.cat([F.interpolate(h, scale_factor=2), h2], 1), t), tokens)
-        h = self.last(self.up1(torch.cat([F.interpolate(h, scale_factor=2), h1], 1), t), t)
-        return F.pixel_shuffle(self.leave(h), self.patch)
+        h = self.leave(self.last(self.up1(torch.cat([F.interpolate(h, scale_factor=2), h1], 1), t), t))
+        logits, rest = (F.pixel_shuffle(layer(h), self.patch) for layer in (self.odds, self.rest))
+        return torch.einsum("bkhw,kc->bchw", logits.softmax(1), self.colours) + rest, logits
+
+    def forward(self, x: Tensor, time: Tensor, brief: Brief) -> Tensor:
+        """One evaluation of the network."""
+        return self.painted(x, time, brief)[0]
+
+
+def nearest_colour(x: Tensor) -> Tensor:
+    """[B, H, W]: which of the 18 declared colours is nearest to each pixel of pictures [B, 3, H, W] in [-1, 1]."""
+    colours = torch.as_tensor(2 * RGB - 1, device=x.device).float()
+    return (colours.square().sum(1).view(1, -1, 1, 1) - 2 * torch.einsum("bchw,kc->bkhw", x, colours)).argmin(1)
 
 # %% ../../nbs/design/01b_decoder.ipynb #758c34e4
 SCHEDULES = {"linear": {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "timestep_spacing": "leading"},
@@ -128,7 +141,7 @@ def schedule(kind: str = "zero-snr", steps: int = 50) -> Any:
     s.set_timesteps(steps)
     return s
 
-# %% ../../nbs/design/01b_decoder.ipynb #f69698b2
+# %% ../../nbs/design/01b_decoder.ipynb #6b046a4c
 class Denoiser(nn.Module):
     """A decoder that answers as a schedule asks: noisy pictures [B, 3, H, W], times [B] and a brief → velocity (zero-snr) or noise (linear)."""
     def __init__(self, decoder: nn.Module, kind: str = "zero-snr"):
@@ -141,25 +154,35 @@ class Denoiser(nn.Module):
         kept = torch.where(time < 0, torch.ones_like(self.kept[0]), self.kept[time.clamp(min=0)]).view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
 
-    def forward(self, x: Tensor, time: Tensor, brief: Brief) -> Tensor:
+    def said(self, x: Tensor, time: Tensor, guess: Tensor) -> Tensor:
+        """A guess of the clean pictures as velocity or noise, all [B, 3, H, W]."""
         picture, noise = self.levels(time)
-        guess = self.decoder(x.contiguous(memory_format=torch.channels_last), time, brief)
         return ((picture * x - guess) if self.kind == "zero-snr" else (x - picture * guess)) / noise
 
-# %% ../../nbs/design/01b_decoder.ipynb #3c1c09f5
+    def answer(self, x: Tensor, time: Tensor, brief: Brief) -> tuple[Tensor, Tensor]:
+        """(velocity or noise [B, 3, H, W], logits [B, 18, H, W] of the colours of the guess behind it)."""
+        guess, logits = self.decoder.painted(x.contiguous(memory_format=torch.channels_last), time, brief)
+        return self.said(x, time, guess), logits
+
+    def forward(self, x: Tensor, time: Tensor, brief: Brief) -> Tensor:
+        return self.said(x, time, self.decoder(x.contiguous(memory_format=torch.channels_last), time, brief))
+
+# %% ../../nbs/design/01b_decoder.ipynb #8189d5a9
 LEAST_SIGMA = 0.3
 
 
-def denoising_loss(decoder: nn.Module, images: Tensor, brief: Brief, kind: str = "zero-snr", drop: float = 0.1) -> dict[str, Tensor]:
-    """{noise} or {velocity}: mean squared error at a random time, less where little noise is left; images [B, 3, H, W] in [0, 1]; the brief is withheld from a share `drop`."""
-    x, s = 2 * images - 1, schedule(kind)
+def denoising_loss(model: Denoiser, images: Tensor, brief: Brief, drop: float = 0.1, paint: float = 0.3) -> dict[str, Tensor]:
+    """{velocity or noise, paint} at random times; images [B, 3, H, W] in [0, 1]; the brief is withheld from a share `drop`.
+
+    velocity, noise: mean squared error, less where little noise is left. paint: weight of the cross-entropy of the nearest declared colour."""
+    x, s = 2 * images - 1, schedule(model.kind)
     time = torch.randint(0, NOISE_STEPS, (len(x),), device=x.device)
     noise, keep = torch.randn_like(x), torch.rand(len(x), device=x.device) >= drop
     velocity = s.config.prediction_type == "v_prediction"
     target = s.get_velocity(x, noise, time) if velocity else noise
-    said = decoder(s.add_noise(x, noise, time), time, {k: brief[k] for k in ("goal", "format", "tone")} | {"keep": keep})
-    sigma = (1 - s.alphas_cumprod.to(x.device)[time]).sqrt().view(-1, 1, 1, 1)
-    return {"velocity" if velocity else "noise": F.mse_loss(said * (weight := sigma / sigma.clamp(min=LEAST_SIGMA)), target * weight)}
+    said, logits = model.answer(s.add_noise(x, noise, time), time, {k: brief[k] for k in ("goal", "format", "tone")} | {"keep": keep})
+    weight = (sigma := model.levels(time)[1]) / sigma.clamp(min=LEAST_SIGMA)
+    return {"velocity" if velocity else "noise": F.mse_loss(said * weight, target * weight), "paint": paint * F.cross_entropy(logits, nearest_colour(x))}
 
 # %% ../../nbs/design/01b_decoder.ipynb #6fc815ba
 def guided(decoder: Callable[..., Tensor], x: Tensor, time: Tensor, brief: Brief, weight: float) -> Tensor:

@@ -60,7 +60,7 @@ def train_one_network(run: Run, name: str, model: Denoiser, loss: Loss, made: De
                  evaluate=lambda modules: {"held_loss": held(loss, modules[name], made)}, metrics=("held_loss",), best="-held_loss", callbacks=[strips], stop_at=stop_at)
     return fitted.module
 
-# %% ../../nbs/design/02b_generators.ipynb #a07663fc
+# %% ../../nbs/design/02b_generators.ipynb #4947c9eb
 def rung_names(rungs: tuple[int, ...]) -> dict[str, int]:
     """Training name → sampling steps, down the ladder; the last is called few."""
     return {("few" if k == rungs[-1] else f"few-{k}"): k for k in rungs}
@@ -70,7 +70,7 @@ def train_generators(run: Run, made: DesignData) -> dict[str, Denoiser]:
     """{decoder, few, one}, trained, on the CPU; what is finished is loaded, what was begun goes on."""
     d, seed = run.recipe.decoder, run.recipe.seed
     with seeded(mix(seed, "weights", "decoder")): teacher = build("decoder", run.recipe)
-    noisy: Loss = lambda model, batch: denoising_loss(model, batch["image"], brief_in(batch), d.schedule, d.drop)
+    noisy: Loss = lambda model, batch: denoising_loss(model, batch["image"], brief_in(batch), d.drop, run.recipe.loss.paint)
     done = {"decoder": train_one_network(run, "decoder", teacher, noisy, made, "denoise", min(8, d.steps), d.guidance)}
     parent, weight = done["decoder"], d.guidance
     for name, steps in rung_names(d.rungs).items():

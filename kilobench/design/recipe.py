@@ -65,7 +65,7 @@ class DecoderPart(Part):
         if any(b >= a for a, b in zip(rungs, rungs[1:])) or not 1 <= rungs[-1] <= rungs[0] <= 250: raise ValueError("expected falling numbers of steps, 250 at most, such as 32,16,8,4")
         return rungs
 
-# %% ../../nbs/design/00a_recipe.ipynb #6b851702
+# %% ../../nbs/design/00a_recipe.ipynb #c1842971
 class LossPart(Part):
     """Weights of the loss terms; 0 switches one off."""
     dice: float = Field(1.0, ge=0, description="Dice of the text and image masks")
@@ -76,6 +76,7 @@ class LossPart(Part):
     format: float = Field(1.0, ge=0, description="cross-entropy of the format")
     tone: float = Field(10.0, ge=0, description="mean squared error of the tone")
     grammar: float = Field(10.0, ge=0, description="Huber error of the four scores, beyond 0.1 linear")
+    paint: float = Field(0.3, ge=0, description="cross-entropy of the colours a decoder paints with (ours)")
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
