@@ -80,7 +80,7 @@ class LossPart(Part):
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
-# %% ../../nbs/design/00a_recipe.ipynb #533fd84d
+# %% ../../nbs/design/00a_recipe.ipynb #4cec79df
 def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 
@@ -94,9 +94,10 @@ PRESETS: dict[str, dict[str, Any]] = {
               "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.ascents": 1,
               **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "train.steps": 1400, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
-            "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1600, "denoise.batch": 32, "denoise.lr": 1e-3, "denoise.warmup": 0.05,
-            **_each(("halve", "tune"), steps=150, batch=16, lr=3e-4, warmup=0.05, ema=0.95, eval_every=150, save_every=75),
+            "counterfactuals": 30, "train.steps": 1000, "train.optimiser": "muon", "train.lr": 1.5e-2, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
+            "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1600, "denoise.batch": 32,
+            "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
+            **_each(("halve", "tune"), optimiser="muon", steps=150, batch=16, lr=1e-3, warmup=0.05, ema=0.95, eval_every=150, save_every=75),
             "reward.steps": 100, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 20, "reward.save_every": 50},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
