@@ -15,7 +15,7 @@ from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report, Scorecard
 from kilobench.design import commands, data as data_module
-from kilobench.design.counterfactual import edits_of, explorer, score_changes
+from kilobench.design.counterfactual import edits_of, element_at, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import YARDSTICK, controls, readers, yardstick
 from kilobench.design.model import PLANES, Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
@@ -537,11 +537,25 @@ def test_own_designs_are_trained_on(tmp_path, outputs, capsys):
     assert made.own and len(made) == 60 and Split(made).fetch([0])["image"].shape == (1, 3, 64, 64)
 
 
+def test_the_topmost_element_is_hit():
+    scene = draw_scene(7, "sale", "poster", 0.5)
+    for i, e in enumerate(scene.elements, 1):
+        over = [j for j, o in enumerate(scene.elements, 1) if o.x <= e.x < o.x + o.w and o.y <= e.y < o.y + o.h]
+        assert element_at(scene, e.x / 64, e.y / 64) == max(over) >= i
+    assert element_at(scene, 0.999, 0.999) == 0 and element_at(scene, -1, 2) == 0
+
+
 def test_the_explorer_edits_what_it_says(run):
     made, networks = data(run), train(run)
     x = explorer(readers(networks)["compact"], made.size)
     before = x.images["oracle"].copy()
     assert "oracle's scores" in x.text and not (x.set(action="delete").images["oracle"] == before).all()
+    last = draw_scene(*(x.panel.values[k] for k in ("seed", "goal", "format", "tone"))).elements
+    place = (last[-1].x + 0.5) / 64, (last[-1].y + 0.5) / 64
+    assert len(last) > 2 and x.panel.values["element"] == 1
+    assert x.click("picture", *place).panel.values["element"] == len(last)      # the first is deleted, so it is drawn as the last but one
+    assert x.set(element=1, action="leave").click("oracle", *place).panel.values["element"] == len(last) and f"{len(last)} of {len(last)}: {last[-1].role}" in x.text
+    assert x.click("picture", 0.999, 0.999).panel.values["element"] == len(last)
     assert "first" in explorer(None, needs="train first").text
 
 

@@ -295,3 +295,39 @@ def test_an_executed_notebook_holds_a_picture(tmp_path):
                    env=os.environ | {"KILOBENCH_HEADLESS": "1"})
     (output,) = nbformat.read(tmp_path / "out.ipynb", 4).cells[0].outputs
     assert output.data.keys() == {"text/plain", "image/png"} and Image.open(BytesIO(b64decode(output.data["image/png"]))).width > 100
+
+
+# ---- clicks
+
+def aimed(at): return Explorer({"x": (0, 100), "word": ["a", "b"]}, lambda x, word: {"left": flat(x), "right": flat(255 - x)}, at=at, debounce_ms=0, title="aim")
+
+
+def from_browser(explorer, name, x, y, width=200, height=50):
+    """What ipyevents says of a click in that picture."""
+    event = explorer.screen.events[list(explorer.screen.slots).index(name)]
+    assert event.source is explorer.screen.slots[name] and event.watched_events == ["click"]
+    event._handle_mouse_msg(event, {"event": "click", "relativeX": x * width, "relativeY": y * height, "boundingRectWidth": width, "boundingRectHeight": height}, [])
+
+
+def test_a_click_sets_what_its_place_means():
+    seen = []
+    def at(name, x, y, values):
+        seen.append((name, x, y, values))
+        return {"x": round(100 * x)} if name == "left" else {}
+    e = aimed(at)
+    assert level(e.click("left", 0.25, 0.5), "left") == 25
+    from_browser(e, "left", 0.75, 0.2)
+    assert level(e.wait(WAIT), "left") == 75 and e.panel.values == {"x": 75, "word": "a"}
+    from_browser(e, "right", 0.1, 0.1)
+    assert level(e.wait(WAIT), "left") == 75
+    assert seen == [("left", 0.25, 0.5, {"x": 0, "word": "a"}), ("left", 0.75, 0.2, {"x": 25, "word": "a"}), ("right", 0.1, 0.1, {"x": 75, "word": "a"})]
+
+
+def test_a_click_that_means_nothing_is_one_line():
+    e = aimed(lambda name, x, y, values: {"word": "c"})
+    from_browser(e, "left", 0.5, 0.5)
+    assert "a, b" in e.screen.message.value and e.panel.values["word"] == "a"
+    with pytest.raises(UserError, match="did you mean 'left'"): e.click("lfet", 0.5, 0.5)
+    plain = Explorer({"x": (0, 9)}, flat, title="plain")
+    assert plain.screen.events == []
+    with pytest.raises(UserError, match="plain: its pictures do not answer"): plain.click("", 0.5, 0.5)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['control', 'Panel', 'Shown', 'Newest', 'Screen', 'plotly_view', 'headless', 'Explorer', 'snapshot']
 
-# %% ../../nbs/core/10_explore.ipynb #c20e432f
+# %% ../../nbs/core/10_explore.ipynb #f47c6cdf
 import html
 import json
 import os
@@ -21,6 +21,7 @@ from typing import Any
 import ipywidgets as widgets
 import numpy as np
 import plotly.graph_objects as go
+from ipyevents import Event
 from matplotlib.figure import Figure
 from PIL import Image
 from traitlets import TraitError
@@ -155,15 +156,18 @@ class Newest:
                 self._thread = None
                 self._state.notify_all()
 
-# %% ../../nbs/core/10_explore.ipynb #ec4507cc
+# %% ../../nbs/core/10_explore.ipynb #fff52dda
 def _html(text: str, tone: str = "var(--jp-ui-font-color2, #6b7480)", tag: str = "div") -> str:
     """Escaped text as a line of HTML in JupyterLab's own colours (light and dark)."""
     return f'<{tag} role="status" style="color:{tone};line-height:1.4;white-space:pre-wrap">{html.escape(text)}</{tag}>' if text else ""
 
 
 class Screen:
-    """The lower part of an explorer: a message line, pictures by name, lines of text, an optional plotly view."""
-    def __init__(self):
+    """The lower part of an explorer: a message line, pictures by name, lines of text, an optional plotly view.
+
+    clicked(name, x, y): called for a click in a picture, x and y from its top left corner, 0..1."""
+    def __init__(self, clicked: Callable[[str, float, float], None] | None = None):
+        self.clicked, self.events = clicked, []
         self.message, self.lines = widgets.HTML(), widgets.HTML()
         self.pictures = widgets.HBox(layout={"flex_flow": "row wrap", "grid_gap": "10px"})
         self.plot = widgets.VBox()
@@ -175,11 +179,17 @@ class Screen:
         if list(shown.png) != list(self.slots):
             self.slots = {name: widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"}) for name in shown.png}
             self.pictures.children = [widgets.VBox([widgets.HTML(_html(name)), image]) for name, image in self.slots.items()]
+            if self.clicked: self.events = [self._watch(name, image) for name, image in self.slots.items()]
         for name, png in shown.png.items(): self.slots[name].value = png
         self.message.value, self.lines.value = "", _html("\n".join(shown.lines))
         self.pictures.layout.visibility = self.plot.layout.visibility = "visible"
         if shown.plotly is None: self.plot.children = []
         else: self.plot.children = [plotly_view(shown.plotly, self.plot.children[0] if self.plot.children else None)]
+
+    def _watch(self, name: str, image: widgets.Image) -> Event:
+        event = Event(source=image, watched_events=["click"])
+        event.on_dom_event(lambda e: self.clicked(name, e["relativeX"] / max(1, e["boundingRectWidth"]), e["relativeY"] / max(1, e["boundingRectHeight"])))
+        return event
 
     def say(self, message: str) -> None:
         """Show one line in place of the pictures."""
@@ -224,16 +234,18 @@ class _Results:
         while len(self.kept) > self.size: self.kept.popitem(last=False)
         return self.kept[key], "", None
 
-# %% ../../nbs/core/10_explore.ipynb #0d4fab38
+# %% ../../nbs/core/10_explore.ipynb #7e0c1622
 class Explorer:
     """Controls, and pictures that follow them: `render(**values)` → image(s) by name, texts, a matplotlib or a plotly figure.
 
     controls: name → list/dict (Dropdown), (lo, hi[, step[, start]]) (slider), bool, text, or any widget with a value.
     needs: what is missing, a text or a function that returns one ('' when all is there). cache: results kept. zoom: 0 enlarges small images.
+    at: (picture, x, y, values) → {control: value}, what a click in a picture sets; x and y from its top left corner, 0..1.
     `.set(**values)` renders at once; `.images` (uint8 by name), `.text`, `.error`, `.dropped` say what is on the screen."""
     def __init__(self, controls: Mapping[str, Any], render: Callable[..., Any], *, needs: Callable[[], str | None] | str | None = None,
+                 at: Callable[[str, float, float, dict[str, Any]], Mapping[str, Any]] | None = None,
                  title: str = "", debounce_ms: int = 60, cache: int = 64, zoom: int = 0):
-        self.title, self.panel, self.screen = title, Panel(controls), Screen()
+        self.title, self.panel, self.screen, self.at = title, Panel(controls), Screen(self._clicked if at else None), at
         self.controls, self.shown, self.text, self.error = self.panel.widgets, None, "", None
         self.traffic = Newest(_Results(render, needs, max(1, cache), zoom), self._show, debounce_ms / 1000)
         self.box = widgets.VBox([widgets.HTML(f"<b>{html.escape(title)}</b>"), self.panel.box, self.screen.box])
@@ -244,6 +256,10 @@ class Explorer:
         for widget in self.controls.values(): (widget.observe if on else widget.unobserve)(self._changed, "value")
 
     def _changed(self, change) -> None: self.traffic.ask(self.panel.values)
+
+    def _clicked(self, name: str, x: float, y: float) -> None:
+        try: self.panel.set(**self.at(name, x, y, self.panel.values))      # the controls' own news go to the traffic
+        except UserError as e: self.screen.say(str(e))
 
     def _show(self, outcome: tuple[Shown | None, str, Exception | None]) -> None:
         self.shown, message, self.error = outcome
@@ -263,6 +279,12 @@ class Explorer:
         try: self.panel.set(**values)
         finally: self._listen(True)
         return self.refresh()
+
+    def click(self, name: str, x: float, y: float) -> "Explorer":
+        """A click in a picture, from a script: x and y from its top left corner, 0..1."""
+        if self.at is None: raise UserError(f"{self.title or 'this explorer'}: its pictures do not answer to a click")
+        if name not in self.images: raise UserError(f"picture: {nearest(name, self.images)}")
+        return self.set(**self.at(name, x, y, self.panel.values))
 
     def wait(self, timeout: float = 60) -> "Explorer":
         """Return when the screen has caught up with the controls; headless, a fault of the render is raised here."""

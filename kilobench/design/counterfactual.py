@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ACTIONS', 'as_picture', 'ask_oracle', 'pictures_of', 'ask_reader', 'with_palette', 'label_edits', 'resized',
            'element_edits', 'edits_of', 'score_changes', 'scenes_of', 'assess_readers', 'state_criteria',
-           'put_steering', 'counterfactual', 'edit_sheet', 'edited', 'explorer']
+           'put_steering', 'counterfactual', 'edit_sheet', 'edited', 'element_at', 'explorer']
 
-# %% ../../nbs/design/04_counterfactual.ipynb #eb44c30d
+# %% ../../nbs/design/04_counterfactual.ipynb #0c372964
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from .evaluate import readers
 from .oracle import SCORES, grammar
 from .recipe import DesignRecipe
 from .render import harden, render, structure_pictures
-from .scene import FORMATS, GOALS, PALETTES, RGB, SLOTS, Element, Scene, draw_scene, moved
+from .scene import FORMATS, GOALS, PALETTES, RGB, SIDE, SLOTS, Element, Scene, draw_scene, moved
 from .scores import Reader
 from .steering import steer_all, steering_sheet
 from .train import train
@@ -177,7 +177,7 @@ def edit_sheet(scenes: Sequence[Scene], size: int, reader: Reader) -> Any:
         lines[f"{k + 1}: {edit.name}"] = {n: p[2:5] if len(p) == 6 else p for n, p in edit_strip(s, edit, ask_oracle(size), ask_reader(reader, size)).items()}
     return montage({n: list(v.values()) for n, v in lines.items()}, titles=[t.replace("teacher", "oracle").replace("student", "read") for t in next(iter(lines.values()))], size=1.1)
 
-# %% ../../nbs/design/04_counterfactual.ipynb #1abc1ddf
+# %% ../../nbs/design/04_counterfactual.ipynb #70818407
 ACTIONS = ("leave", "move", "resize", "recolour", "delete")
 
 
@@ -192,8 +192,14 @@ def edited(seed: int, goal: str, format: str, tone: float, element: int, action:
     return scene.with_element(i, new)
 
 
+def element_at(scene: Scene, x: float, y: float) -> int:
+    """The topmost element (counted from 1) at a place from the top left corner, 0..1; 0 where there is none."""
+    u, v = x * SIDE, y * SIDE
+    return max((i for i, e in enumerate(scene.elements, 1) if e.x <= u < e.x + e.w and e.y <= v < e.y + e.h), default=0)
+
+
 def explorer(reader: Reader | None, size: int = 64, needs: str = "") -> Explorer:
-    """Labels, seed, an element and an edit; the oracle and what is read follow. Without a reader, `needs` says what to do."""
+    """Labels, seed, an element (a click chooses it) and an edit; the oracle and what is read follow. Without a reader, `needs` says what to do."""
     @torch.no_grad()
     def look(**chosen: Any) -> dict[str, Any]:
         """What one choice of the controls shows."""
@@ -201,8 +207,15 @@ def explorer(reader: Reader | None, size: int = 64, needs: str = "") -> Explorer
         picture, structure = pictures_of([scene], size), render(scene, size)[1]
         soft, answers = reader({"image": picture})
         line = lambda values: ", ".join(f"{n} {v:.2f}" for n, v in zip(SCORES, values))
+        before = draw_scene(*(chosen[k] for k in ("seed", "goal", "format", "tone"))).elements
+        e = before[min(chosen["element"], len(before)) - 1]
         return {"picture": picture[0], "oracle": structure_pictures(structure)["colour"], "compact": structure_pictures(harden(soft)[0])["colour"],
-                "oracle's scores": line(grammar(scene)), "read": line(answers["grammar"][0].tolist()), "for": f"{GOALS[answers['goal'][0].argmax()]}, {tuple(FORMATS)[answers['format'][0].argmax()]}, tone {answers['tone'][0]:.2f}"}
+                "element": f"{min(chosen['element'], len(before))} of {len(before)}: {e.role}, {e.colour}", "oracle's scores": line(grammar(scene)), "read": line(answers["grammar"][0].tolist()), "for": f"{GOALS[answers['goal'][0].argmax()]}, {tuple(FORMATS)[answers['format'][0].argmax()]}, tone {answers['tone'][0]:.2f}"}
+
+    def at(_: str, x: float, y: float, chosen: dict[str, Any]) -> dict[str, int]:
+        """What a click chooses; what is deleted is not there to be hit, and those after it have moved up."""
+        k = element_at(edited(**chosen), x, y)
+        return {"element": k + (chosen["action"] == "delete" and k >= chosen["element"])} if k else {}
 
     controls = {"goal": list(GOALS), "format": list(FORMATS), "tone": (0.0, 1.0, 0.05, 0.5), "seed": (0, 999, 1, 7), "element": (1, 10, 1, 1), "action": list(ACTIONS), "amount": (-12, 12, 1, 4)}
-    return Explorer(controls, look, needs=needs, title="Edit a design")
+    return Explorer(controls, look, needs=needs, at=at, title="Edit a design: click an element")
