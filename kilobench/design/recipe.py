@@ -80,7 +80,7 @@ class LossPart(Part):
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
-# %% ../../nbs/design/00a_recipe.ipynb #6b4c0ece
+# %% ../../nbs/design/00a_recipe.ipynb #4cec79df
 def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 
@@ -97,8 +97,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             "counterfactuals": 30, "train.steps": 1000, "train.optimiser": "muon", "train.lr": 1.5e-2, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1600, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
-            **_each(("halve", "tune"), optimiser="muon", steps=200, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
-            "reward.steps": 50, "reward.batch": 8, "reward.lr": 2e-5, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 10, "reward.save_every": 25},
+            **_each(("halve", "tune"), optimiser="muon", steps=150, batch=16, lr=1e-3, warmup=0.05, ema=0.95, eval_every=150, save_every=75),
+            "reward.steps": 100, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 20, "reward.save_every": 50},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,
