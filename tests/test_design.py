@@ -5,6 +5,7 @@ from itertools import combinations
 from math import log
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -23,6 +24,7 @@ from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, b
                                      replace_elements)
 from kilobench.design.recipe import DataPart, DesignRecipe, LossPart
 from kilobench.design.render import COLOUR, LAYERS, LEVEL, expected_hierarchy, harden, layers, outline, render
+from kilobench.design.reward import believed
 from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_ELEMENTS, PALETTES, SIDE, Element, Scene, ceilings, check_scene, draw_scene, from_json, goal_odds, guess_goal,
                                     labels_of, to_json)
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
@@ -468,6 +470,15 @@ def test_a_run_has_every_row_its_controls_and_its_ceilings(run):
     student = next(r for r in report.rows if r.name == "compact")
     assert student.cost["params"] * 8 <= next(r for r in report.rows if r.name == "unet + resnet").cost["params"] and student.cost["speedup_b1"] > 0
     assert {"goal", "format", "tone", "palette", "move", "recolour", "delete", "score: alignment"} <= set(report.counterfactual["compact"])
+
+
+def test_what_the_reward_brought_is_taken_only_where_it_is_believed(run):
+    said, seen = json.loads(run.path("rewarded.json").read_text()), pd.read_csv(run.path("metrics-rewarded.csv")).dropna(subset=["oracle"])
+    assert set(said["before"]) == {"proxy", "oracle", "gap", "MMD"} and said["best"] == pytest.approx(seen["believed"].max()) and said["accepted"] == (said["best"] > said["before"]["oracle"])
+    for _, row in seen.iterrows(): assert row["believed"] == believed(row, said["before"])
+    networks = train(run)
+    kept = all(torch.equal(a, b) for a, b in zip(networks["rewarded"].state_dict().values(), networks["few"].state_dict().values()))
+    assert kept != said["accepted"]
 
 
 def test_networks_read_back_from_their_files_answer_alike(run):

@@ -10,7 +10,7 @@ from kilobench.design.distil import clean_guess, consistency_loss, halving_loss,
 from kilobench.design.generated import HARMS, fidelity, oracle_means
 from kilobench.design.parse import is_design, parse, parsed_scores
 from kilobench.design.render import render
-from kilobench.design.reward import ascend, best_of, norm_prior, reward_loss, sampled
+from kilobench.design.reward import ascend, believed, best_of, norm_prior, reward_loss, sampled
 from kilobench.design.scene import FORMATS, GOALS, draw_scene
 from kilobench.design.steering import another, same, shows
 
@@ -352,3 +352,9 @@ def test_fine_tuning_follows_the_reward_and_is_held_by_what_it_was(net):
     with torch.no_grad(): before = sampled(reference, brief, noisy(4), 2)
     free, held = tuned(0.0), tuned(100.0)
     assert free.mean() > before.mean() and (held - before).abs().mean() < 0.5 * (free - before).abs().mean()
+
+
+def test_the_oracle_is_believed_only_near_real_designs():
+    before = {"oracle": 0.3, "MMD": 0.04}
+    assert believed({"oracle": 0.4, "MMD": 0.06}, before) == 0.4 and believed({"oracle": 0.9, "MMD": 0.061}, before) == 0
+    assert believed({"oracle": 0.4, "MMD": -0.001}, before | {"MMD": -0.002}) == 0.4 and believed({"oracle": 0.4, "MMD": 0.001}, before | {"MMD": -0.002}) == 0

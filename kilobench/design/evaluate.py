@@ -7,12 +7,11 @@ __all__ = ['YARDSTICK', 'ROLES', 'SEED', 'OURS', 'mean_reader', 'controls', 'yar
            'costs', 'state_criteria', 'stamp_of', 'reading_sheet', 'confusion_figure', 'scores_figure', 'answers_on',
            'generator_trainings', 'evaluate']
 
-# %% ../../nbs/design/03_evaluate.ipynb #260e05e9
+# %% ../../nbs/design/03_evaluate.ipynb #8914d89d
 import hashlib
 from collections.abc import Mapping
 from typing import Any
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from ..core.metrics import Stamp, compare_latency, cost, device_name
@@ -166,7 +165,7 @@ def answers_on(made: DesignData, reader: Reader, indices: list[int]) -> dict[str
     parts = [reader(made.fetch(indices[a:a + 64]))[1] for a in range(0, len(indices), 64)]
     return {k: torch.cat([p[k].cpu() for p in parts]) for k in parts[0]}
 
-# %% ../../nbs/design/03_evaluate.ipynb #11ce618a
+# %% ../../nbs/design/03_evaluate.ipynb #20deb879
 def _pictures(card: Scorecard, made: DesignData, rows: Mapping[str, Reader]) -> None:
     test, shown = made.rows("test"), {k: v for k, v in rows.items() if k != "resnet, exact structure"}
     truth = made.fetch(test)
@@ -196,5 +195,5 @@ def evaluate(run: Run) -> None:
         audited, found = put_generated(card, networks, made, run.recipe, {name: seconds_trained(run, *names) for name, names in generator_trainings(run.recipe).items()})
         judge = freeze(Teachers(networks["encoder"], networks["abstractor"]))
         put_rewarded(card, networks, judge, run.recipe, audited, found[f"few-step, {run.recipe.decoder.rungs[-1]}"], made.size)
-        card.picture("reward and oracle", gap_figure(pd.read_csv(run.path("metrics-rewarded.csv"))), caption="fine-tuning: what the judge reads, what the oracle says of what another network reads, and the gap")
+        card.picture("reward and oracle", gap_figure(run), caption="fine-tuning: what the judge reads, what the oracle says of what another network reads, and the gap")
     card.write()
