@@ -30,7 +30,7 @@ from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_E
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
 from kilobench.design.train import answer_loss, composite_loss, load_trained, student_loss, train, turned
 
-TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("tune", 2), ("reward", 2)))])
+TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("audit", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("tune", 2), ("reward", 2)))])
 seeds = st.integers(0, 2**31)
 
 

@@ -80,11 +80,11 @@ class LossPart(Part):
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
-# %% ../../nbs/design/00a_recipe.ipynb #4cec79df
+# %% ../../nbs/design/00a_recipe.ipynb #58143b63
 def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 
-TRAININGS = ("train", "judge", "distil", "baseline", "denoise", "halve", "tune", "reward")
+TRAININGS = ("train", "judge", "distil", "baseline", "audit", "denoise", "halve", "tune", "reward")
 NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
           "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
 
@@ -94,20 +94,20 @@ PRESETS: dict[str, dict[str, Any]] = {
               "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.ascents": 1,
               **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "train.steps": 1000, "train.optimiser": "muon", "train.lr": 1.5e-2, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
+            "counterfactuals": 30, "train.steps": 1000, "train.optimiser": "muon", "train.lr": 1.5e-2, "audit.steps": 1400, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1600, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
-            **_each(("halve", "tune"), optimiser="muon", steps=150, batch=16, lr=1e-3, warmup=0.05, ema=0.95, eval_every=150, save_every=75),
-            "reward.steps": 100, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 20, "reward.save_every": 50},
+            **_each(("halve", "tune"), optimiser="muon", steps=200, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
+            "reward.steps": 50, "reward.batch": 8, "reward.lr": 2e-5, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 10, "reward.save_every": 25},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
-             "train.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,
+             "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,
              "decoder.widths": [128, 256, 256], "decoder.patch": 8, "denoise.optimiser": "adamw", "denoise.lr": 2e-4, "denoise.schedule": "cosine", "denoise.batch": 16, "denoise.steps": 60_000,
              **_each(("halve", "tune"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995),
              "reward.optimiser": "adamw", "reward.lr": 2e-5, "reward.schedule": "cosine", "reward.batch": 16, "reward.steps": 1000, "reward.eval_every": 100, "reward.save_every": 100},
 }
 
-# %% ../../nbs/design/00a_recipe.ipynb #746d8410
+# %% ../../nbs/design/00a_recipe.ipynb #15da445d
 class DesignRecipe(Recipe):
     """A run of the design project."""
     project: ClassVar[str] = "design"
@@ -122,6 +122,7 @@ class DesignRecipe(Recipe):
     judge: TrainPart = TrainPart()
     distil: TrainPart = TrainPart()
     baseline: TrainPart = TrainPart()
+    audit: TrainPart = TrainPart()
     denoise: TrainPart = TrainPart()
     halve: TrainPart = TrainPart()
     tune: TrainPart = TrainPart()

@@ -91,12 +91,12 @@ def reader_of(name: str, module: nn.Module) -> Callable[[Mapping[str, Tensor]], 
         return soft(logits), answers
     return look
 
-# %% ../../nbs/design/02_train.ipynb #430d62c0
+# %% ../../nbs/design/02_train.ipynb #6741d3cc
 WATCHED = {"encoder": ("text_iou", "image_iou", "colour_acc", "hierarchy_mse"), "abstractor": ("goal_acc", "format_acc", *(f"{s}_rho" for s in SCORES))}
 WATCHED |= {name: ("text_iou", "image_iou", "goal_acc", *(f"{s}_rho" for s in SCORES)) for name in ("compact", "alone")}
 BEST = {"encoder": "text_iou", "abstractor": "goal_acc", "compact": "text_iou", "alone": "text_iou"}
 WATCHED["auditor"], BEST["auditor"] = WATCHED["encoder"], BEST["encoder"]
-PARTS = {"auditor": "train", "encoder": "train", "abstractor": "judge", "compact": "distil", "alone": "baseline"}   # of the recipe
+PARTS = {"auditor": "audit", "encoder": "train", "abstractor": "judge", "compact": "distil", "alone": "baseline"}   # of the recipe
 
 # %% ../../nbs/design/02_train.ipynb #5500b3f8
 def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Mapping[str, nn.Module]], Any]:
