@@ -232,15 +232,12 @@ def plated(b: Board, box: Box, roles: Sequence[str]) -> None:
 
 # %% ../../nbs/design/00b_scene.ipynb #9338b86f
 def hero(b: Board, box: Box, wide: bool) -> None:
-    """A picture with the text on a plate before it, or one large picture and the text beside it."""
+    """A picture over the whole, and the text on a plate before it: over all of it, one half above or below, or one half to the side."""
     x, y, w, h = box
-    if b.variant == 0:
-        down = h // 3 if b.flip else 0
-        b.picture(box)
-        return plated(b, (x + 4, y + 4 + down, w - 8, h - 8 - down), b.roles)
-    parts = split_box(box, 0.38 if b.flip else 0.62, wide, b.gap)
-    b.picture(parts[b.flip])
-    stack(b, parts[not b.flip], b.roles)
+    b.picture(box)
+    down, half, tall = (h // 3 if b.flip else 0), (w - 6) // 2, (h - 6) // 2
+    plate = ((x + 4, y + 4 + down, w - 8, h - 8 - down), (x + 3, y + 3 + (h - 6 - tall) * b.flip, w - 6, tall), (x + 3 + (w - 6 - half) * b.flip, y + 3, half, h - 6))
+    plated(b, plate[b.variant], b.roles)
 
 
 def split(b: Board, box: Box, wide: bool) -> None:
