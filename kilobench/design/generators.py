@@ -70,7 +70,7 @@ def train_decoder(run: Run, made: DesignData) -> Denoiser:
     """The diffusion teacher."""
     d, seed = run.recipe.decoder, run.recipe.seed
     with seeded(mix(seed, "weights", "decoder")): teacher = build("decoder", run.recipe)
-    noisy: Loss = lambda model, batch: denoising_loss(model, batch["image"], brief_in(batch), d.drop, run.recipe.loss.paint)
+    noisy: Loss = lambda model, batch: denoising_loss(model, batch["image"], brief_in(batch), d.drop, run.recipe.loss.paint, d.focus)
     return train_one_network(run, "decoder", teacher, noisy, made, "denoise", min(8, d.steps), d.guidance)
 
 

@@ -4,20 +4,22 @@
 
 # %% auto #0
 __all__ = ['PLANES', 'NETWORKS', 'GENERATORS', 'AUDITOR', 'double_conv', 'soft', 'UNet', 'planes', 'contrast_with_background',
-           'by_side', 'lopsided', 'ranked', 'shared_edges', 'Reading', 'Heads', 'resnet', 'Abstractor', 'decided',
-           'Compact', 'Teachers', 'Flat', 'names_of', 'build', 'check_sizes', 'model']
+           'by_side', 'lopsided', 'ranked', 'shared_edges', 'Reading', 'Heads', 'by_rule', 'Mended', 'resnet',
+           'Abstractor', 'decided', 'Compact', 'Teachers', 'Flat', 'names_of', 'build', 'check_sizes', 'model']
 
 # %% ../../nbs/design/01_model.ipynb #baa990f7
 from collections.abc import Sequence
 from typing import Any
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.metrics import flops, import_torchvision, parameters
 from ..core.recipe import UserError
 from ..core.run import Run, stage, write_json
-from .decoder import Decoder, Denoiser, brief_of
+from .decoder import Decoder, Denoiser, brief_of, zero
 from .oracle import LUMINANCE, SCORES
+from .parse import RULED, TOLD, ruled
 from .recipe import CompactPart, DesignRecipe, ResNetPart, UNetPart
 from .render import COLOUR, LAYERS, LEVEL, LEVELS, harden, layers
 from .scene import FORMATS, GOALS, SIDE
@@ -138,15 +140,33 @@ class Reading(nn.Module):
 # %% ../../nbs/design/01_model.ipynb #68818bd7
 class Heads(nn.Module):
     """Features [B, n] and relations [B, related] → {goal [B, 10] logits, format [B, 4] logits, tone [B] in [0, 1], grammar [B, 4] in [0, 1]}."""
-    def __init__(self, n: int, related: int, hidden: int):
+    def __init__(self, n: int, related: int, hidden: int, beside: int = 0):
         super().__init__()
         head = lambda width, out: nn.Sequential(nn.BatchNorm1d(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, out))
-        self.meta, self.grammar = head(n, len(GOALS) + len(FORMATS) + 1), head(n + related, len(SCORES))
+        self.meta, self.grammar = head(n + beside, len(GOALS) + len(FORMATS) + 1), head(n + related, len(SCORES))
 
-    def forward(self, x: Tensor, relations: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, relations: Tensor, *beside: Tensor) -> dict[str, Tensor]:
         """Answer; what a design is for does not hang on relations."""
-        goal, format, tone = self.meta(x).split([len(GOALS), len(FORMATS), 1], 1)
+        goal, format, tone = self.meta(torch.cat([x, *beside], 1)).split([len(GOALS), len(FORMATS), 1], 1)
         return {"goal": goal, "format": format, "tone": tone[:, 0].sigmoid(), "grammar": self.grammar(torch.cat([x, relations], 1)).sigmoid()}
+
+# %% ../../nbs/design/01_model.ipynb #4eefdc6a
+@torch.no_grad()
+def by_rule(structure: Tensor) -> Tensor:
+    """Soft structure [B, 30, H, W] → [B, RULED], what the rules of `00e_parse` see in each."""
+    return torch.from_numpy(np.stack([ruled(s) for s in harden(structure).cpu().numpy()])).to(structure)
+
+
+class Mended(nn.Module):
+    """Scores that were felt [B, 4] and what the rules saw [B, RULED] → scores [B, 4]: the rules' own, as long as nothing was learned; 0 for what is no design."""
+    def __init__(self, hidden: int = 64):
+        super().__init__()
+        self.change = nn.Sequential(nn.BatchNorm1d(TOLD + len(SCORES)), nn.Linear(TOLD + len(SCORES), hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), zero(nn.Linear(hidden, len(SCORES))))
+
+    def forward(self, felt: Tensor, seen: Tensor) -> Tensor:
+        """Mend."""
+        n = len(SCORES)
+        return (seen[:, :n] + self.change(torch.cat([seen[:, :TOLD], felt.detach()], 1)).tanh()) * seen[:, n:n + 1]
 
 # %% ../../nbs/design/01_model.ipynb #70b9fd09
 def resnet(part: ResNetPart) -> nn.Module:
@@ -163,16 +183,23 @@ def resnet(part: ResNetPart) -> nn.Module:
 
 
 class Abstractor(nn.Module):
-    """Soft structure [B, 30, H, W] → the heads' answers, from a ResNet-18 trunk and a reading."""
+    """Soft structure [B, 30, H, W] → the heads' answers, from a ResNet-18 trunk, a reading, and rules; with these also `felt` and `mended` [B, 4], which are trained."""
     def __init__(self, part: ResNetPart = ResNetPart()):
         super().__init__()
         self.trunk, self.reading = resnet(part), Reading(part.pixel, part.profile) if part.reading else None
-        self.heads = Heads(part.channels[-1] + (self.reading.width if part.reading else 0), self.reading.related if part.reading else 0, part.hidden)
+        self.heads = Heads(part.channels[-1] + (self.reading.width if part.reading else 0), self.reading.related if part.reading else 0, part.hidden, RULED * part.rules)
+        self.mended = Mended() if part.rules else None
 
-    def forward(self, structure: Tensor) -> dict[str, Tensor]:
+    def forward(self, structure: Tensor, seen: Tensor | None = None) -> dict[str, Tensor]:
+        """Judge; `seen`: what `by_rule` says, where it is known already."""
         whole = planes(structure).contiguous(memory_format=torch.channels_last)     # the trunk takes half the time so
         what, relations = self.reading(structure) if self.reading else (whole[:, :0, 0, 0], whole[:, :0, 0, 0])
-        return self.heads(torch.cat([self.trunk(whole), what], 1), relations)
+        x = torch.cat([self.trunk(whole), what], 1)
+        if self.mended is None: return self.heads(x, relations)
+        seen = by_rule(structure) if seen is None else seen
+        said = self.heads(x, relations, seen)
+        felt, mended = said["grammar"], self.mended(said["grammar"], seen)
+        return said | {"grammar": mended.detach().clamp(0, 1) + felt - felt.detach(), "felt": felt, "mended": mended}
 
 # %% ../../nbs/design/01_model.ipynb #d7c85e34
 def decided(soft: Tensor) -> Tensor:

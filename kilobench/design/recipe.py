@@ -31,6 +31,7 @@ class ResNetPart(Part):
     channels: tuple[int, int, int, int] = Field((64, 128, 256, 512), description="channels of the four stages; (64, 128, 256, 512) is ResNet-18")
     pretrained: bool = Field(True, description="ImageNet weights where timm has them cached; only for ResNet-18's own channels")
     reading: bool = Field(True, description="pooling operators beside the trunk; false: the seed's ResNet-18 alone")
+    rules: bool = Field(True, description="what the rules of 00e_parse see goes to the heads, too; false: networks alone")
     pixel: int = Field(16, ge=1, description="learned channels that are pooled by priority")
     profile: int = Field(64, ge=4, description="channels of the convolutions along rows and columns")
     hidden: int = Field(512, ge=8, description="width of the two heads")
@@ -52,11 +53,13 @@ class DecoderPart(Part):
     context: int = Field(64, ge=8, multiple_of=4, description="width of the brief's tokens")
     schedule: Literal["zero-snr", "linear"] = Field("zero-snr", description="noise over its 1000 steps; linear is the seed's")
     drop: float = Field(0.1, ge=0, le=0.5, description="share of training designs whose brief is withheld, for guidance")
+    focus: float = Field(0.8, ge=0, le=1, description="share of the training times at which designs take shape; 0: all alike")
     guidance: float = Field(2.0, ge=1, description="weight of classifier-free guidance; 1 is none")
     steps: int = Field(50, ge=1, le=1000, description="the teacher's sampling steps")
     rungs: tuple[int, ...] = Field((32, 16, 8, 4), min_length=1, description="sampling steps of the students, each from the one before")
     briefs: int = Field(50, ge=2, description="briefs for which the noise is searched")
-    ascents: int = Field(10, ge=1, description="steps of that search, each worth three random draws")
+    draws: int = Field(15, ge=1, description="random draws that the search begins with")
+    ascents: int = Field(5, ge=1, description="its steps of ascent from the best of them, each worth three draws")
     samples: int = Field(2000, ge=8, description="generated designs that are measured, a sampler")
 
     @field_validator("rungs")
@@ -91,14 +94,16 @@ NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 12
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
-              "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.ascents": 1,
+              "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
               **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "train.steps": 1000, "train.optimiser": "muon", "train.lr": 1.5e-2, "audit.steps": 1400, "judge.steps": 1200, "judge.batch": 32, "judge.lr": 4e-3, "distil.steps": 400, "baseline.steps": 560, "distil.clip": 5.0, "baseline.clip": 5.0,
-            "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1600, "denoise.batch": 32,
+            "counterfactuals": 30, "train.steps": 3400, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 850, "audit.steps": 1400,
+            "judge.steps": 560, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
+            **_each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 400, "baseline.steps": 800,
+            "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
             **_each(("halve", "tune"), optimiser="muon", steps=200, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
-            "reward.steps": 50, "reward.batch": 8, "reward.lr": 2e-5, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 10, "reward.save_every": 25},
+            "tune.steps": 300, "reward.steps": 50, "reward.batch": 8, "reward.lr": 2e-5, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 10, "reward.save_every": 25},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,

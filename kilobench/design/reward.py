@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECISION', 'sampled', 'proxy', 'reward_loss', 'seen_both_ways', 'believed', 'train_rewarded', 'load_rewarded',
-           'gap_figure', 'norm_prior', 'ascend', 'best_of', 'duel', 'put_rewarded']
+           'gap_figure', 'norm_prior', 'ascend', 'best_of', 'innovate', 'duel', 'put_rewarded']
 
 # %% ../../nbs/design/02c_reward.ipynb #6cefc1bb
 from collections.abc import Mapping
@@ -121,7 +121,7 @@ def norm_prior(noise: Tensor) -> Tensor:
     return ((d - 1) * (r / best).log() - (r.square() - best**2) / 2) / d
 
 
-def ascend(model: Denoiser, judge: nn.Module, brief: Brief, noise: Tensor, steps: int, ascents: int, lr: float = 0.1) -> tuple[Tensor, Tensor]:
+def ascend(model: Denoiser, judge: nn.Module, brief: Brief, noise: Tensor, steps: int, ascents: int, lr: float = 0.02) -> tuple[Tensor, Tensor]:
     """(pictures, proxies [B]) after that many steps of ascent on the noise [B, 3, H, W]; of each item the best step is kept."""
     z = noise.clone().requires_grad_()
     optimiser, top, kept = torch.optim.Adam([z], lr), torch.full((len(z),), -torch.inf), None
@@ -139,24 +139,31 @@ def ascend(model: Denoiser, judge: nn.Module, brief: Brief, noise: Tensor, steps
 
 
 @torch.no_grad()
-def best_of(model: Denoiser, judge: nn.Module, brief: Brief, size: int, steps: int, n: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """(pictures, proxies [B]): of n random draws for each brief, the one that the judge likes best."""
-    g = torch.Generator().manual_seed(seed)
-    top, kept = torch.full((len(brief["goal"]),), -torch.inf), None
+def best_of(model: Denoiser, judge: nn.Module, brief: Brief, size: int, steps: int, n: int, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """(pictures, proxies [B], noise): of n random draws for each brief, the one that the judge likes best."""
+    g, batch = torch.Generator().manual_seed(seed), len(brief["goal"])
+    top = torch.full((batch,), -torch.inf)
+    kept, start = torch.zeros(batch, 3, size, size), torch.zeros(batch, 3, size, size)
     for _ in range(n):
-        pictures = sampled(model, brief, torch.randn(len(top), 3, size, size, generator=g), steps)
+        noise = torch.randn(batch, 3, size, size, generator=g)
+        pictures = sampled(model, brief, noise, steps)
         liked = proxy(judge, pictures)
-        kept = pictures if kept is None else torch.where((liked > top)[:, None, None, None], pictures, kept)
-        top = torch.maximum(top, liked)
-    return kept, top
+        better = (liked > top)[:, None, None, None]
+        kept, start, top = torch.where(better, pictures, kept), torch.where(better, noise, start), torch.maximum(top, liked)
+    return kept, top, start
+
+
+def innovate(model: Denoiser, judge: nn.Module, brief: Brief, size: int, steps: int, draws: int, ascents: int, seed: int = 2) -> tuple[Tensor, Tensor]:
+    """(pictures, proxies [B]): ascent from the best of some draws; draws + 3 ascents + 1 evaluations."""
+    noise = best_of(model, judge, brief, size, steps, draws, seed)[2]
+    return ascend(model, judge, brief, noise, steps, ascents)
 
 # %% ../../nbs/design/02c_reward.ipynb #121d4b6c
-def duel(model: Denoiser, judge: nn.Module, auditor: nn.Module, brief: Brief, size: int, steps: int, ascents: int = 10) -> dict[str, Any]:
-    """Ascent against best-of-N at equal evaluations: {innovation, best of N: {proxy, oracle}, wins, wins_proxy, draws, pictures}."""
-    noise = torch.randn(len(brief["goal"]), 3, size, size, generator=torch.Generator().manual_seed(2))
-    n, found = 3 * ascents + 1, {}
-    for name, (pictures, liked) in {"innovation": ascend(model, judge, brief, noise, steps, ascents), "best of N": best_of(model, judge, brief, size, steps, n)}.items():
-        found[name] = {"pictures": pictures, "proxy": liked.numpy(), "oracle": np.array([parsed_scores(s).mean() for s in audit(auditor, pictures)[1]])}
+def duel(model: Denoiser, judge: nn.Module, auditor: nn.Module, brief: Brief, size: int, steps: int, draws: int = 15, ascents: int = 5) -> dict[str, Any]:
+    """Draws and ascent against draws alone at equal evaluations: {wins, wins_proxy, draws, found: {innovation, best of N: {pictures, proxy, oracle}}}."""
+    n = draws + 3 * ascents + 1
+    both = {"innovation": innovate(model, judge, brief, size, steps, draws, ascents), "best of N": best_of(model, judge, brief, size, steps, n)[:2]}
+    found = {name: {"pictures": pictures, "proxy": liked.numpy(), "oracle": np.array([parsed_scores(s).mean() for s in audit(auditor, pictures)[1]])} for name, (pictures, liked) in both.items()}
     ours, theirs = found["innovation"], found["best of N"]
     return {"wins": float((ours["oracle"] > theirs["oracle"]).mean()), "wins_proxy": float((ours["proxy"] > theirs["proxy"]).mean()), "draws": n, "found": found}
 
@@ -170,7 +177,7 @@ def put_rewarded(card: Scorecard, networks: Mapping[str, nn.Module], judge: nn.M
     card.row("few-step, rewarded", "student", {k: {"generated": v} for k, v in (found | both["few-step, rewarded"]).items()})
     card.row(name, "student", {k: {"generated": both[name][k]} for k in ("proxy", "gap")})
     brief = {k: v[:part.briefs] for k, v in audited.brief.items()}
-    result = duel(networks["few"], judge, networks["auditor"], brief, size, steps, part.ascents)
+    result = duel(networks["few"], judge, networks["auditor"], brief, size, steps, part.draws, part.ascents)
     for row, role in (("innovation", "student"), ("best of N", "baseline")):
         card.row(row, role, {k: {"search": float(result["found"][row][k].mean())} for k in ("proxy", "oracle")})
     card.row("innovation", "student", {"wins": {"search": result["wins"]}, "wins by proxy": {"search": result["wins_proxy"]}}, {"draws": result["draws"]})

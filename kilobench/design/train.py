@@ -23,7 +23,7 @@ from ..core.teacher import freeze
 from ..core.training import Fitted, Strips, fit, load_fitted, mix
 from .data import DesignData, Split, data
 from .generators import train_generators
-from .model import AUDITOR, NETWORKS, Teachers, build, check_sizes, decided, names_of, soft
+from .model import AUDITOR, NETWORKS, Teachers, build, by_rule, check_sizes, decided, names_of, soft
 from .oracle import SCORES
 from .recipe import DesignRecipe, LossPart
 from .render import COLOUR, LEVEL, expected_hierarchy, harden, layers, level_numbers, structure_pictures
@@ -43,9 +43,10 @@ def composite_loss(logits: Tensor, structure: Tensor, part: LossPart) -> dict[st
 def answer_loss(answers: Mapping[str, Tensor], batch: Mapping[str, Tensor], part: LossPart, labelled: int | None = None) -> dict[str, Tensor]:
     """{goal, format, tone, grammar}, weighted; the labels count for the first `labelled` items (None: all), the scores for every item."""
     n = slice(0, labelled)
+    score = lambda: sum(F.smooth_l1_loss(answers[k], batch["grammar"], beta=0.1) for k in (("felt", "mended") if "felt" in answers else ("grammar",)))
     terms = {"goal": (part.goal, lambda: F.cross_entropy(answers["goal"][n], batch["goal"][n])), "format": (part.format, lambda: F.cross_entropy(answers["format"][n], batch["format"][n])),
              "tone": (part.tone, lambda: l2(answers["tone"][n], batch["tone"][n])),
-             "grammar": (part.grammar, lambda: F.smooth_l1_loss(answers["grammar"], batch["grammar"], beta=0.1))}
+             "grammar": (part.grammar, score)}
     return {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
 
 # %% ../../nbs/design/02_train.ipynb #c4d9d7d3
@@ -113,7 +114,7 @@ def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Mapping[s
 # %% ../../nbs/design/02_train.ipynb #b8a337c8
 def step_of(run: Run, name: str, others: nn.Module | None) -> Callable[[Mapping[str, nn.Module], Mapping[str, Tensor], int], dict[str, Tensor]]:
     """The loss of one training as `fit` wants it: (modules, batch, step) → terms. `others`: the encoder for the abstractor, the teachers for the compact student."""
-    part, seed = run.recipe.loss, run.recipe.seed
+    part, seed, rules = run.recipe.loss, run.recipe.seed, run.recipe.resnet.rules
     if name in ("encoder", AUDITOR): return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
     if name != "abstractor": return lambda modules, batch, _: student_loss(modules[name], batch, part, others)
 
@@ -122,8 +123,9 @@ def step_of(run: Run, name: str, others: nn.Module | None) -> Callable[[Mapping[
         n, exact = len(batch["goal"]), batch["structure"]
         a, b = n // 3, n - n // 3      # read by the encoder | exact | exact and turned
         with torch.no_grad(): read = decided(soft(others(batch["image"][:a]))) if a else layers(exact[:0])
-        seen = torch.cat([read, layers(exact[a:b]), layers(turned(exact[b:], 1 + mix(seed, "turn", at) % 7))])
-        return answer_loss(modules[name](seen), batch, part, b)
+        shown = torch.cat([read, layers(exact[a:b]), layers(turned(exact[b:], 1 + mix(seed, "turn", at) % 7))])
+        seen = by_rule(torch.cat([read, layers(exact[a:])])) if rules else None      # rules read text along rows: the turned third's scores are those of before
+        return answer_loss(modules[name](shown, seen), batch, part, b)
     return step
 
 # %% ../../nbs/design/02_train.ipynb #2bc1d688
