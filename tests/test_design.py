@@ -15,13 +15,14 @@ from project_runs import assert_one_line, assert_same_training, finished_run, ki
 from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report, Scorecard
-from kilobench.design import commands, data as data_module
+from kilobench.design import commands, data as data_module, scene as scene_module
 from kilobench.design.counterfactual import edits_of, element_at, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import YARDSTICK, controls, readers, yardstick
 from kilobench.design.model import PLANES, Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
+from kilobench.design.parse import parse, parsed_scores
 from kilobench.design.recipe import DataPart, DesignRecipe, LossPart
 from kilobench.design.render import COLOUR, LAYERS, LEVEL, expected_hierarchy, harden, layers, outline, render
 from kilobench.design.reward import believed
@@ -295,6 +296,15 @@ def test_a_public_runs_faults_stop_the_series(tmp_path, monkeypatch, outputs):
     assert failed(lambda i, e: e) == {"alignment falls under damage"}                                       # the inverted one
 
 
+def test_two_families_that_draw_one_page_are_found_out(monkeypatch):
+    data_module.families_told_apart.cache_clear()
+    assert data_module.families_told_apart() > 0.97
+    monkeypatch.setitem(scene_module.LAYOUTS, "hero", scene_module.LAYOUTS["split"])
+    data_module.families_told_apart.cache_clear()
+    assert data_module.families_told_apart() < 0.95
+    data_module.families_told_apart.cache_clear()
+
+
 def test_a_family_goes_to_one_split():
     part = DataPart()
     counts = {s: sum(split_of(f"family {i}", part) == s for i in range(4000)) / 4000 for s in ("train", "val", "test")}
@@ -355,8 +365,29 @@ def test_a_decided_structure_is_hard_forwards_and_soft_backwards():
 
 
 def test_the_seeds_abstractor_is_the_trunk_alone():
-    plain, own = (build("abstractor", DesignRecipe.make("smoke", f"resnet.reading={v}")) for v in ("false", "true"))
+    plain, own = (build("abstractor", DesignRecipe.make("smoke", f"resnet.reading={v} resnet.rules={v}")) for v in ("false", "true"))
     assert plain.reading is None and plain(layers(tiny_batch()["structure"]))["grammar"].shape == (6, 4) and sum(p.numel() for p in plain.parameters()) < sum(p.numel() for p in own.parameters())
+
+
+def test_what_rules_tell_is_mended_and_felt():
+    """The value is the rules', mended; the gradient is what was felt; what is no design scores nothing, whatever was felt."""
+    judge, structure = build("abstractor", DesignRecipe.make("smoke")).eval(), tiny_batch()["structure"]
+    exact = layers(structure).requires_grad_()
+    said = judge(exact)
+    rules = torch.from_numpy(np.stack([parsed_scores(parse(f)) for f in structure.numpy()]))
+    assert torch.allclose(said["grammar"], rules, atol=1e-5)                        # untrained, it is the rules'
+    for a, b in zip(*(torch.autograd.grad(said[k].sum(), exact, retain_graph=True) for k in ("grammar", "felt"))): assert torch.allclose(a, b) and a.abs().max() > 0
+    torch.nn.init.constant_(judge.mended.change[-1].bias, 5.0)
+    assert (judge(exact)["grammar"] > 0.9).all() and not judge(layers(torch.zeros(1, 4, 64, 64)))["grammar"].any()
+    plain = build("abstractor", DesignRecipe.make("smoke", "resnet.rules=false"))
+    assert plain.mended is None and "felt" not in plain(layers(structure))
+
+
+def test_both_ways_to_the_scores_are_trained():
+    batch = tiny_batch()
+    answers = build("abstractor", DesignRecipe.make("smoke"))(layers(batch["structure"]))
+    near = answer_loss(answers | {"felt": batch["grammar"], "mended": batch["grammar"]}, batch, LossPart())["grammar"]
+    for k in ("felt", "mended"): assert answer_loss(answers | {"felt": batch["grammar"], "mended": batch["grammar"]} | {k: batch["grammar"] + 1}, batch, LossPart())["grammar"] > near == 0
 
 
 def test_planes_know_luminance_and_place():
@@ -507,15 +538,30 @@ def test_predict_writes_what_it_read(run, tmp_path, capsys):
         commands.predict(tmp_path / "poster.png", out=tmp_path / student, run=str(run.dir), student=student)
         said = json.loads((tmp_path / student / "reading.json").read_text())
         assert {p.stem for p in (tmp_path / student).glob("*.png")} == {"picture", "text", "image", "colour", "hierarchy"}
-        assert set(said["scores"]) == set(SCORES) and set(said["goal"]) == set(GOALS) and sum(said["goal"].values()) == pytest.approx(1, abs=1e-2)
+        assert set(said["scores"]) == set(said["scores_by_rule"]) == set(SCORES) and set(said["goal"]) == set(GOALS) and sum(said["goal"].values()) == pytest.approx(1, abs=1e-2)
     assert "student:" in capsys.readouterr().out
+
+
+def test_what_is_read_off_an_exact_structure_are_its_elements():
+    scene = next(s for s in map(draw_scene, range(100)) if len({e.role for e in s.elements}) == len(s.elements) == 5)
+
+    class Exact(torch.nn.Module):
+        """Reads the one design without a fault."""
+        def forward(self, image):
+            logits = 40 * layers(torch.from_numpy(render(scene)[1])[None]) - 20
+            return logits, {"grammar": torch.zeros(1, 4), "goal": torch.zeros(1, 10), "format": torch.zeros(1, 4), "tone": torch.zeros(1)}
+
+    said = commands.answer(torch.zeros(3, 64, 64), Exact())[1]
+    found = {(e["role"], *e["box"], e["colour"]) for e in said["elements"]}
+    assert len(found & {(e.role, e.x, e.y, e.w, e.h, e.colour) for e in scene.elements}) >= 4
+    assert said["scores_by_rule"] == pytest.approx(dict(zip(SCORES, grammar(scene))), abs=0.2)
 
 
 def test_predict_draws_designs_for_a_brief(run, tmp_path, capsys):
     for out in ("a", "b"): commands.predict(goal="sale", tone=0.8, n=3, seed=4, out=tmp_path / out, run=str(run.dir))
     said = json.loads((tmp_path / "a" / "designs.json").read_text())
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"design-000.png", "design-001.png", "design-002.png", "sheet.png", "designs.json"}
-    assert [(d["asked"]["goal"], d["asked"]["tone"]) for d in said["designs"]] == [("sale", 0.8)] * 3 and set(said["designs"][0]["read"]) == {"scores", "goal", "format", "tone"}
+    assert [(d["asked"]["goal"], d["asked"]["tone"]) for d in said["designs"]] == [("sale", 0.8)] * 3 and set(said["designs"][0]["read"]) == {"scores", "goal", "format", "tone", "elements", "scores_by_rule"}
     assert (tmp_path / "a" / "sheet.png").read_bytes() == (tmp_path / "b" / "sheet.png").read_bytes()
     first, second = (Image.open(tmp_path / "a" / f"design-00{k}.png").tobytes() for k in (0, 1))
     assert first != second and "2 steps" in capsys.readouterr().out

@@ -282,6 +282,13 @@ def test_reference_takes_what_is_small_and_halves_the_student(finished, tmp_path
     assert not (goal / "stale.png").exists() and [p.name for p in goal.parent.iterdir()] == ["cpu"]
 
 
+def test_of_a_trainings_strips_a_reference_shows_the_last(finished, tmp_path):
+    for step in (5, 50, 500): finished.figure(f"slots-{step:07d}").write_bytes(b"p" * step)
+    finished.figure("slots").write_bytes(b"p")
+    goal = publish_reference(finished, tmp_path / "reference" / "toy" / "cpu", say=print)
+    assert sorted(p.name for p in (goal / "figures").iterdir()) == ["colours.png", "slots-0000500.png", "slots.png", "small.png"]
+
+
 def test_reference_refuses_and_leaves_the_old_one_whole(finished, tmp_path):
     goal = publish_reference(finished, tmp_path / "reference" / "toy" / "cpu", say=print)
     before = {p: p.read_bytes() for p in goal.rglob("*.*")}

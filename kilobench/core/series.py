@@ -318,9 +318,10 @@ def _half(source: Path, goal: Path) -> None:
 
 # %% ../../nbs/core/12_series.ipynb #3aa27119
 def _small_pictures(run: Run, say: Callable[[str], None]) -> dict[str, bytes]:
-    """Name → bytes of the run's PNGs, by name, until 3 MiB are full; a large one is kept in 256 colours. What is left out is said."""
+    """Name → bytes of the run's PNGs, by name, until 3 MiB are full: of a training's strips the last; a large one in 256 colours. What is left out is said."""
     chosen: dict[str, bytes] = {}
-    for p in sorted(run.path("figures").glob("*.png")):
+    last = {re.sub(r"(?<=-)\d{7}$", "", p.stem): p for p in sorted(run.path("figures").glob("*.png"))}     # strips are named by their step
+    for p in last.values():
         data = p.read_bytes()
         if len(data) > PICTURE_BYTES: data = _in_256_colours(data)
         if len(data) <= PICTURE_BYTES and sum(map(len, chosen.values())) + len(data) <= PICTURES_BYTES: chosen[p.name] = data

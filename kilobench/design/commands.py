@@ -58,17 +58,24 @@ def on_pasteboard(path: Path, size: int) -> Any:
 
 # %% ../../nbs/design/05_commands.ipynb #75d3ed59
 def answer(picture: Any, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(name → picture, readings as plain values) of one picture [3, H, H]: masks, declared colours, hierarchy; scores, goal, format, tone with their odds."""
+    """(name → picture, readings as plain values) of one picture [3, H, H]: masks, declared colours, hierarchy; scores, goal, format, tone with their odds; elements and scores by rule.
+
+    Boxes of elements are (x, y, w, h) in 64ths of the side; scores by rule are the oracle's of these elements."""
     import torch
     from kilobench.design.model import soft
     from kilobench.design.oracle import SCORES
+    from kilobench.design.parse import parse, parsed_scores
     from kilobench.design.render import harden, structure_pictures
     from kilobench.design.scene import FORMATS, GOALS
     with torch.inference_mode(): logits, said = model(picture[None])
     ranked = lambda names, x: {names[i]: round(p, 4) for p, i in zip(*(v.tolist() for v in x.softmax(0).sort(descending=True)))}
     readings = {"scores": dict(zip(SCORES, (round(v, 4) for v in said["grammar"][0].tolist()))), "goal": ranked(GOALS, said["goal"][0]),
                 "format": ranked(tuple(FORMATS), said["format"][0]), "tone": round(float(said["tone"][0]), 4)}
-    return structure_pictures(harden(soft(logits))[0]), readings
+    structure = harden(soft(logits))[0]
+    scene = parse(structure.cpu().numpy())
+    readings["elements"] = [{"role": e.role, "box": [e.x, e.y, e.w, e.h], "colour": e.colour} for e in scene.elements]
+    readings["scores_by_rule"] = dict(zip(SCORES, (round(float(v), 4) for v in parsed_scores(scene))))
+    return structure_pictures(structure), readings
 
 # %% ../../nbs/design/05_commands.ipynb #bd10e5a5
 def take_apart(image: Path, out: Path, run: str, student: str) -> None:

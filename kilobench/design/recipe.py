@@ -30,7 +30,7 @@ class ResNetPart(Part):
     """The abstractor: structure → what the design is for, and its four scores."""
     channels: tuple[int, int, int, int] = Field((64, 128, 256, 512), description="channels of the four stages; (64, 128, 256, 512) is ResNet-18")
     pretrained: bool = Field(True, description="ImageNet weights where timm has them cached; only for ResNet-18's own channels")
-    reading: bool = Field(True, description="pooling operators beside the trunk; false: the seed's ResNet-18 alone")
+    reading: bool = Field(True, description="pooling operators beside the trunk; false, and rules false: the seed's ResNet-18 alone")
     rules: bool = Field(True, description="what the rules of 00e_parse see goes to the heads, too; false: networks alone")
     pixel: int = Field(16, ge=1, description="learned channels that are pooled by priority")
     profile: int = Field(64, ge=4, description="channels of the convolutions along rows and columns")
