@@ -7,10 +7,11 @@ from hypothesis import given, settings, strategies as st
 from kilobench.core.recipe import UserError
 from kilobench.design.decoder import (NOISE_STEPS, SCHEDULES, Attention, Decoder, Denoiser, Tokens, brief_of, busy_times, denoising_loss, evaluations, guided, nearest_colour, sample, schedule,
                                       training_times, waves)
-from kilobench.design.distil import clean_guess, consistency_loss, halving_loss, leap, step_times, two_steps
+from kilobench.design.distil import SeenDistance, clean_guess, consistency_loss, halving_loss, leap, step_times, two_steps
 from kilobench.design.generated import HARMS, fidelity, oracle_means
-from kilobench.design.parse import RULED, TOLD, is_design, parse, parsed_scores, ruled
-from kilobench.design.render import harden, layers, render
+from kilobench.design.model import UNet
+from kilobench.design.parse import RULED, is_design, parse, parsed_scores, ruled
+from kilobench.design.render import render
 from kilobench.design.reward import ascend, believed, best_of, duel, innovate, norm_prior, reward_loss, sampled
 from kilobench.design.scene import FORMATS, GOALS, SIDE, draw_scene
 from kilobench.design.steering import another, same, shows
@@ -252,6 +253,26 @@ def test_students_learn_and_their_parents_stay(net):
         loss().backward()
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters()) and all(p.grad is None for p in parent.parameters())
     assert all(torch.equal(v, before[k]) for k, v in parent.state_dict().items())
+
+
+def test_a_guess_is_near_its_target_in_the_encoders_maps():
+    torch.manual_seed(0)
+    encoder, designs = UNet((4, 8, 8, 8, 8)), torch.from_numpy(np.stack([render(draw_scene(s))[0] for s in range(8)]))
+    near, target = SeenDistance(encoder, designs), 2 * designs[:2] - 1
+    assert near(target, target) == 0 and near(torch.ones_like(target), 4 * torch.ones_like(target)) == 0     # the target is clamped
+    blurred = torch.nn.functional.avg_pool2d(target, 5, 1, 2)
+    assert near(blurred, target) > near(0.5 * (blurred + target), target) > 0
+    brighter = [SeenDistance(encoder, designs * k)(blurred, target) for k in (1.0, 0.1)]
+    assert brighter[1] > brighter[0]                                                                             # in units of each channel's spread
+    guess = blurred.clone().requires_grad_()
+    near(guess, target).backward()
+    assert guess.grad.abs().max() > 0 and all(p.grad is None and not p.requires_grad for p in encoder.parameters())
+
+
+def test_seen_is_a_term_only_when_asked(net):
+    student, images, brief = Denoiser(net), torch.rand(2, 3, 64, 64), {k: v.expand(2) for k, v in ONE.items()}
+    assert set(halving_loss(student, student, images, brief, 4)) == {"halving"}
+    assert halving_loss(student, student, images, brief, 4, near=lambda guess, target: 7.0 + 0 * (guess - target).sum())["seen"] == 7
 
 
 # ---- from a structure back to a design

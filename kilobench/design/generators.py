@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'Loss', 'brief_in', 'held', 'design_strip', 'train_one_network', 'rung_names', 'train_decoder',
-           'train_generators', 'copy_of', 'halving', 'consistent']
+           'train_generators', 'copy_of', 'seen_by', 'halving', 'consistent']
 
 # %% ../../nbs/design/02b_generators.ipynb #0cfedc64
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 import torch
@@ -18,7 +19,7 @@ from ..core.teacher import freeze
 from ..core.training import Strips, fit, mix
 from .data import DesignData, Split
 from .decoder import Denoiser, denoising_loss, sample
-from .distil import consistency_loss, halving_loss
+from .distil import Near, SeenDistance, consistency_loss, halving_loss
 from .model import build
 
 # %% ../../nbs/design/02b_generators.ipynb #ddbeb4ab
@@ -74,12 +75,13 @@ def train_decoder(run: Run, made: DesignData) -> Denoiser:
     return train_one_network(run, "decoder", teacher, noisy, made, "denoise", min(8, d.steps), d.guidance)
 
 
-def train_generators(run: Run, made: DesignData) -> dict[str, Denoiser]:
-    """{decoder, few, one}, trained, on the CPU; what is finished is loaded, what was begun goes on."""
+def train_generators(run: Run, made: DesignData, encoder: nn.Module) -> dict[str, Denoiser]:
+    """{decoder, few, one}, trained, on the CPU; what is finished is loaded, what was begun goes on. In the encoder's maps the rungs are compared with their targets."""
     d, done = run.recipe.decoder, {"decoder": train_decoder(run, made)}
+    near = seen_by(run, made, encoder)
     parent, weight = done["decoder"], d.guidance
     for name, steps in rung_names(d.rungs).items():
-        parent = train_one_network(run, name, copy_of(parent, run), halving(freeze(parent).to(run.device), steps, weight), made, "halve", steps)
+        parent = train_one_network(run, name, copy_of(parent, run), halving(freeze(parent).to(run.device), steps, weight, near), made, "halve", steps)
         weight = 1.0
     done["few"] = parent
     done["one"] = train_one_network(run, "one", copy_of(parent, run), consistent(freeze(parent).to(run.device), d.rungs[-1]), made, "tune", 1)
@@ -93,9 +95,16 @@ def copy_of(parent: Denoiser, run: Run) -> Denoiser:
     return student
 
 
-def halving(parent: Denoiser, steps: int, weight: float) -> Loss:
+def seen_by(run: Run, made: DesignData, encoder: nn.Module) -> Near | None:
+    """The weighted distance in the encoder's maps; None where the recipe gives it no weight."""
+    if not (weight := run.recipe.loss.seen): return None
+    distance = SeenDistance(copy.deepcopy(encoder).to(run.device), made.fetch(made.rows("train")[:128])["image"].to(run.device))
+    return lambda guess, target: weight * distance(guess, target)
+
+
+def halving(parent: Denoiser, steps: int, weight: float, near: Near | None = None) -> Loss:
     """The halving loss below a parent."""
-    return lambda model, batch: halving_loss(model, parent, batch["image"], brief_in(batch), steps, weight)
+    return lambda model, batch: halving_loss(model, parent, batch["image"], brief_in(batch), steps, weight, near)
 
 
 def consistent(parent: Denoiser, steps: int) -> Loss:

@@ -45,16 +45,18 @@ class UNet(nn.Module):
         hidden = max(32, widths[0])     # 18 colours do not fit through the eight channels of a narrow network
         self.head = nn.Sequential(nn.Conv2d(widths[0] + 3, hidden, 1), nn.ReLU(inplace=True), nn.Conv2d(hidden, LAYERS, 1))
 
+    def levels(self, image: Tensor) -> list[Tensor]:
+        """The five maps on the way down, [B, widths[i], H / 2^i, W / 2^i]."""
+        maps = [self.down[0]((2 * image - 1).contiguous(memory_format=torch.channels_last))]     # a third faster on a CPU
+        for block in self.down[1:]: maps.append(block(F.max_pool2d(maps[-1], 2)))
+        return maps
+
     def features(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(logits [B, 30, H, W], bottleneck [B, widths[-1], H / 16, W / 16])."""
-        image = (2 * image - 1).contiguous(memory_format=torch.channels_last)     # a third faster on a CPU
-        x, skips = self.down[0](image), []
-        for block in self.down[1:]:
-            skips.append(x)
-            x = block(F.max_pool2d(x, 2))
-        bottom = x
+        *skips, bottom = self.levels(image)
+        x = bottom
         for block in self.up: x = block(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
-        return self.head(torch.cat([x, image], 1)), bottom
+        return self.head(torch.cat([x, 2 * image - 1], 1)), bottom
 
     def forward(self, image: Tensor) -> Tensor: return self.features(image)[0]
 

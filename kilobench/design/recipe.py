@@ -80,6 +80,7 @@ class LossPart(Part):
     tone: float = Field(10.0, ge=0, description="mean squared error of the tone")
     grammar: float = Field(10.0, ge=0, description="Huber error of the four scores, beyond 0.1 linear")
     paint: float = Field(0.3, ge=0, description="cross-entropy of the colours a decoder paints with (ours)")
+    seen: float = Field(0.2, ge=0, description="distance of a few-step student's guess to its target in the encoder's maps (ours)")
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
@@ -102,8 +103,8 @@ PRESETS: dict[str, dict[str, Any]] = {
             **_each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 400, "baseline.steps": 800,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
-            **_each(("halve", "tune"), optimiser="muon", steps=200, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
-            "tune.steps": 300, "reward.steps": 50, "reward.batch": 8, "reward.lr": 2e-5, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 10, "reward.save_every": 25},
+            **_each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
+            "tune.steps": 300, "reward.steps": 60, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 12, "reward.save_every": 30},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,

@@ -185,6 +185,6 @@ def train(run: Run) -> None:
         done[name] = train_network(run, name, made, others).module.cpu()
         if is_main(): save_trained(run.path("export", f"{name}.safetensors"), name, done[name], run.recipe)
     if run.recipe.decoder.generate:
-        auditor, few = train_network(run, AUDITOR, made).module.cpu(), train_generators(run, made)["few"]
+        auditor, few = train_network(run, AUDITOR, made).module.cpu(), train_generators(run, made, done["encoder"])["few"]
         if is_main(): save_trained(run.path("export", "few.safetensors"), "few", few, run.recipe)
         train_rewarded(run, made, few, Teachers(done["encoder"], done["abstractor"]), auditor)
