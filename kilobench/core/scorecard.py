@@ -109,7 +109,7 @@ def parse(kind: type[BaseModel], path: str | Path) -> Any:
         raise UserError(f"{path}: {field}: {first['msg']}; damaged or of another version, make it again") from e
 
 # %% ../../nbs/core/08_scorecard.ipynb #a0df8d90
-BAD = set("lpips loss mse rmse mae l1 l2 fd mmd memorised leakage seam error errors gap nll ece checkerboard latency ms null undo order "
+BAD = set("lpips loss mse rmse mae l1 l2 fd mmd memorised leakage seam error errors gap nll ece checkerboard latency ms null undo order below "
           "params flops size mb power memory w energy seconds".split())
 
 
