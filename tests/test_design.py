@@ -18,7 +18,7 @@ from kilobench.core.scorecard import Report, Scorecard
 from kilobench.design import commands, data as data_module, scene as scene_module
 from kilobench.design.counterfactual import edits_of, element_at, explorer, score_changes
 from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
-from kilobench.design.evaluate import YARDSTICK, controls, readers, yardstick
+from kilobench.design.evaluate import BAYES, YARDSTICK, controls, readers, yardstick
 from kilobench.design.model import PLANES, Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
@@ -495,7 +495,7 @@ def test_a_run_has_every_row_its_controls_and_its_ceilings(run):
     report = Report.load(run.dir)
     roles = {r.name: r.role for r in report.rows}
     assert roles["unet + resnet"] == "teacher" and roles["compact"] == "student" and roles["compact, alone"] == "baseline"
-    assert {n for n, r in roles.items() if r == "control"} == {"mean design", "another design", "oracle, one pixel off", "blank page", "mean picture"}
+    assert {n for n, r in roles.items() if r == "control"} == {"mean design", "another design", YARDSTICK, BAYES, "blank page", "mean picture"}
     assert roles["decoder, 4 steps"] == "teacher" and roles["decoder, 2 steps"] == "baseline" and {"few-step, 2", "one-step, 1", "few-step, rewarded", "innovation"} <= {n for n, r in roles.items() if r == "student"}
     assert {"goal_acc", "format_acc", "tone_mse"} <= set(report.data.ceilings) and report.collapsed and not any(c.passed for c in report.criteria)    # six steps teach nobody
     student = next(r for r in report.rows if r.name == "compact")
