@@ -413,7 +413,7 @@ class Scorecard(_Entries):
 WORDS = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "iou": "IoU", "fd": "FD", "mse": "MSE", "mae": "MAE",
          "fg": "foreground", "readback": "read-back", "acc": "accuracy", "rho": "Spearman ρ", "params": "parameters", "flops": "FLOPs", "speedup": "speed-up",
          "ms": "", "seconds": "", "mb": "", "w": "", "j": ""}
-UNITS = {"psnr": " dB", "ms": " ms", "seconds": " s", "mb": " MB", "speedup": "×", "w": " W", "j": " J"}
+UNITS = {"psnr": " dB", "ms": " ms", "seconds": " s", "mb": " MB", "speedup": "×", "w": " W", "j": " J", "degrees": "°"}
 
 
 def label(metric: str) -> str:
