@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
-           'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'main', 'find_runs', 'resolve_run', 'show_table',
-           'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of',
-           'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
+           'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run',
+           'show_table', 'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare',
+           'functions_of', 'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
            'look_at_options', 'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
@@ -37,6 +37,22 @@ def root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; w
          version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False) -> None:
     """Distils slow visual models into small fast students, and proves what was kept."""
 
+# %% ../../nbs/core/13_cli.ipynb #27d38126
+def in_own_words(args: Sequence[str]) -> list[str]:
+    """A command line with the words of a project's source put into ours; others are left as they are."""
+    if len(args) < 3 or args[0] not in ("run", "train", "recipe") or args[1] not in find_projects(): return list(args)
+    known, out, rest = load_recipe_class(args[1]).words, list(args[:2]), list(args[2:])
+    while rest:
+        word, given, value = rest.pop(0).partition("=")
+        means = known.get(word[2:], "") if word.startswith("--") else ""
+        if means.startswith("!"): raise UserError(f"{word}: {means[1:]}")
+        if not means: out.append(word + given + value); continue
+        if "=" in means: out.append(means); continue
+        if not given and not rest: raise UserError(f"{word}: expected a value after it")
+        value = value if given else rest.pop(0)
+        out += [means, Path(value).stem if value.endswith(".py") else value] if means.startswith("--") else [f"{means}={value}"]
+    return out
+
 # %% ../../nbs/core/13_cli.ipynb #b37b8eca
 def _run(args: Sequence[str]) -> int:
     """Execute a command line; its exit code, where it ends by itself."""
@@ -62,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """The program `kilobench`; exits with 0, 1 (failure), 2 (a user's mistake), 130 or 143 (stopped by a signal)."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
-    try: code = _run([a for a in args if a != "--debug"])
+    try: code = _run(in_own_words([a for a in args if a != "--debug"]))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more to say, at exit either
         code = 1

@@ -285,9 +285,13 @@ class Written(Part):
 
 # %% ../../nbs/core/00_recipe.ipynb #a12a2846
 class Recipe(Written):
-    """All that determines a run of one project; derive, set `project` and `presets`, add parts with defaults."""
+    """All that determines a run of one project; derive, set `project` and `presets`, add parts with defaults.
+
+    `words`: options that a project's source knows, for the command line: {"input-dir": "data.input_dir"} takes a value,
+    {"use-dirty": "data.render_curriculum=2"} none, {"config": "--preset"} is one of ours, {"resume": "!why not"} is answered."""
     project: ClassVar[str] = ""
     presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    words: ClassVar[dict[str, str]] = {}
     preset: str = Field("smoke", description="the preset that the other values started from")
     seed: int = Field(42, ge=0, description="seed of every random choice")
     device: str = Field("auto", description="auto | cpu | cuda | cuda:N | mps")
@@ -299,6 +303,8 @@ class Recipe(Written):
         if lost := [p for p in ("smoke", "cpu", "full") if cls.project and p not in cls.presets]:
             raise UserError(f"recipe {cls.__name__}: the preset {lost[0]} is missing; smoke, cpu and full are needed")
         for name in cls.presets: cls.make(name)
+        for word, means in cls.words.items():
+            if means[:1] not in "-!" and (field := means.split("=")[0]) not in leaves(cls): raise UserError(f"recipe {cls.__name__}: word {word!r} means {nearest(field, leaves(cls))}")
 
     @classmethod
     def make(cls, preset: str = "smoke", overrides: str | Sequence[str] | Mapping[str, Any] = "", file: str | Path | None = None) -> Self:

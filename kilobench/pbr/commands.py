@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'SUFFIXES', 'OUTPUTS', 'photos_in', 'sample_of', 'enlarged', 'predict', 'data', 'check_folder',
-           'phone_module', 'to_phone', 'export', 'check']
+           'phone_module', 'to_phone', 'export', 'score_textures', 'check']
 
 # %% ../../nbs/pbr/05_commands.ipynb #297b4b9e
 import shlex
@@ -195,9 +195,34 @@ def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, x.safe
     report = to_onnx(net, (torch.rand(1, config["views"], 3, side, side), torch.cat(rig(config["views"]), 1)[None]), out, inputs=("views", "rig"), outputs=("maps",))
     print(f"{out}: {student}, largest difference to PyTorch {report['max_abs']:.1e}; maps are albedo (3, sRGB), roughness, metallic, normal (3, OpenGL)")
 
-# %% ../../nbs/pbr/05_commands.ipynb #e96bab23
-def check(run: Annotated[str, typer.Option(help="The run to check; default: the newest.")] = "") -> None:
-    """Verify a run's data, stored answers and networks: checksums, and that photographs show their materials."""
+# %% ../../nbs/pbr/05_commands.ipynb #d3b68ce4
+def score_textures(folder: Path, run: str, tiles: int) -> dict[str, dict[str, float]]:
+    """Row → {render_psnr, normal_error, roughness_rmse, metal_iou} of a run's networks, and of mean colour on a flat surface, on textures under a folder."""
+    import torch
+    from kilobench.core.metrics import to_uint8
+    from kilobench.pbr.brdf import render, rig
+    from kilobench.pbr.data import cut_textures
+    from kilobench.pbr.evaluate import guesses, score_maps
+    from kilobench.pbr.train import load_trained, predict_maps, smaller, smaller_maps
+    nets = {n: load_trained(f) for n in STUDENTS if (f := find_student("pbr", STUDENTS, run).parent / f"{n}.safetensors").exists()}
+    size, views = max(c["map_size"] for _, c in nets.values()), nets["student"][1]["views"]
+    maps = torch.stack([m for _, m in cut_textures(folder, size, tiles)])
+    photos, setup = to_uint8(render(maps, *rig(views))), torch.cat(rig(views), 1).expand(len(maps), -1, -1)
+    least = nets["student"][1]["map_size"]
+    truth, out = smaller_maps(maps, least), {}
+    for name, (net, config) in nets.items(): out[name] = smaller_maps(predict_maps(net, smaller(photos, config["image_size"]), setup), least)
+    out["mean colour, flat"] = guesses({"maps": truth, "views": smaller(photos, least)}, torch.tensor([0.5] * 3 + [0.57, 0, 0, 0, 1]).view(8, 1, 1))["mean colour, flat"]
+    kept, plain = ("render_psnr", "normal_error", "roughness_rmse", "metal_iou"), lambda v: v["mean"] if isinstance(v, dict) else v
+    return {name: {k: round(plain(v), 3) for k, v in score_maps(m, truth).items() if k in kept} for name, m in out.items()}
+
+# %% ../../nbs/pbr/05_commands.ipynb #40cb9110
+def check(run: Annotated[str, typer.Option(help="The run to check; default: the newest.")] = "",
+          textures: Annotated[Path | None, typer.Option(help="Score its networks on the PBR textures under this folder instead.")] = None,
+          tiles: Annotated[int, typer.Option(min=1, max=64, help="Squares along a texture's side, with --textures.")] = 4) -> None:
+    """Verify a run's data, stored answers and networks; or score its networks on your own textures."""
+    if textures:
+        for name, found in score_textures(textures, run, tiles).items(): print(f"{name}: {found['render_psnr']:.2f} dB under unseen lights, normals {found['normal_error']:.1f}°, roughness {found['roughness_rmse']:.3f} RMSE, metal {found['metal_iou']:.2f} IoU")
+        return
     from kilobench.core.metrics import psnr
     from kilobench.pbr.brdf import render
     from kilobench.pbr.data import load_data

@@ -184,7 +184,7 @@ def photograph_textures(textures: Path, root: Path, part: DataPart, seed: int, t
     """Cut and photograph somebody's own textures into root/input and root/output, clean and dirty."""
     return write_set(root, cut_textures(textures, part.image_size, tiles), part, seed)
 
-# %% ../../nbs/pbr/00_data.ipynb #c965c641
+# %% ../../nbs/pbr/00_data.ipynb #d6081393
 PACK = 4 << 30
 
 
@@ -192,7 +192,7 @@ def entries_of(items: Sequence[Item], root: Path) -> list[dict[str, Any]]:
     """What index.json holds of items whose photographs lie under `root`/input and maps under `root`/output."""
     return [{"sample": i.sample.name, "material": i.sample.material, "rig": [list(v) for v in i.sample.rig], "source": i.source, "split": i.split, "root": str(root)} for i in items]
 
-
+# %% ../../nbs/pbr/00_data.ipynb #570d5d16
 @dataclass
 class PbrData(Dataset):
     """The samples of a finished set: `fetch(indices)`, `rows(split)`, `keys`."""
@@ -250,7 +250,7 @@ class PbrData(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]: return {k: v[0] for k, v in self.fetch([i]).items()}
 
-
+# %% ../../nbs/pbr/00_data.ipynb #4a5a81c1
 class Split(Dataset):
     """One split of a set, for training: `fetch(indices)` counts within the split."""
     def __init__(self, data: PbrData, split: str = "train"): self.data, self.index = data, data.rows(split)

@@ -7,7 +7,7 @@ __all__ = ['JUDGED', 'smaller', 'smaller_maps', 'mirrored', 'predict_maps', 'loo
            'train_teacher', 'key_of', 'Answers', 'ask_teacher', 'answer_cost', 'Taught', 'before_head',
            'student_update', 'train_student', 'save_trained', 'load_trained', 'load_networks', 'train']
 
-# %% ../../nbs/pbr/02_train.ipynb #4fc24107
+# %% ../../nbs/pbr/02_train.ipynb #f6e5b274
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +27,7 @@ from ..core.training import Fitted, Strips, Update, fit, load_fitted
 from .brdf import render, split_maps, to_linear, to_srgb, unseen_lights
 from .data import PbrData, Split, data
 from .discriminator import PatchGAN, d_loss, g_loss
-from .losses import degrees, material_loss
+from .losses import degrees, map_terms, material_loss
 from .model import NETWORKS, build
 from .recipe import PbrRecipe
 
@@ -168,7 +168,7 @@ def answer_cost(made: PbrData, answers: Answers, teacher: nn.Module, batch: int,
     times = compare_latency({"stored": lambda: answers.fetch(names), "asked": lambda: predict_maps(teacher, asked["views"], asked["rig"])}, repeats=repeats, warmup=1)
     return {"stored_ms": times["stored"]["median_ms"], "asked_ms": times["asked"]["median_ms"], "share": times["stored"]["median_ms"] / times["asked"]["median_ms"]}
 
-# %% ../../nbs/pbr/02_train.ipynb #29a8dd1a
+# %% ../../nbs/pbr/02_train.ipynb #b19a041e
 class Taught(Split):
     """Training samples with the teacher's maps beside the true ones: maps_teacher [B, 8, S, S]."""
     def __init__(self, made: PbrData, answers: Answers):
@@ -193,12 +193,14 @@ def student_update(name: str, recipe: PbrRecipe, teacher: nn.Module | None = Non
         """The student's terms."""
         batch, net = mirrored(batch), modules[name]
         with FeatureTaps(net, [before_head(net)]) as taps: pred = net(smaller(batch["views"], recipe.student_size), batch["rig"])
-        out: dict[str, Tensor] = {}
-        if truth: out |= {k: truth * v for k, v in material_loss(pred, smaller_maps(batch["maps"], recipe.map_size), part).items()}
-        if truth < 1: out |= {f"{k}_taught": (1 - truth) * v for k, v in material_loss(pred, smaller_maps(batch["maps_teacher"], recipe.map_size), part).items()}
+        out = material_loss(pred, smaller_maps(batch["maps"], recipe.map_size), part)
+        if truth < 1:
+            theirs = smaller_maps(batch["maps_teacher"], recipe.map_size)
+            taught = {k: v for k, v in (material_loss if "render" in part.taught else map_terms)(pred, theirs, part).items() if k in part.taught}
+            out |= {k: truth * out[k] for k in taught} | {f"{k}_taught": (1 - truth) * v for k, v in taught.items()}
         if teacher is not None:
-            with torch.no_grad(), FeatureTaps(teacher, [before_head(teacher)]) as theirs: teacher(batch["views"], batch["rig"])
-            goal = theirs.features[before_head(teacher)]
+            with torch.no_grad(), FeatureTaps(teacher, [before_head(teacher)]) as seen: teacher(batch["views"], batch["rig"])
+            goal = seen.features[before_head(teacher)]
             out["feature"] = part.w_feature * feature_l2(modules["projector"](taps.features[before_head(net)], goal), goal)
         return out
 
