@@ -312,6 +312,28 @@ def test_every_preset_is_a_recipe_whose_student_can_be_built():
     for name, values in STUDENTS.items(): PbrRecipe.make("full", {"student.scale": 1} | {f"student.{k}": v for k, v in values.items()} | {"data.image_size": 2048})
 
 
+PHONE = f"{TINY} data.image_size=64 student.kind=mobile student.backbone=mobilenetv3_small_050 student.pretrained=false student.bottleneck=vit student.heads=2 student.decoder=16 student.image_size=32 student.scale=2 " \
+        "model.encoder_type=resnet model.encoder_backbone=resnet18 model.encoder_stride=4 model.pretrained=false train.steps=1 train.eval_every=1 distil.steps=2"
+
+
+def test_a_phone_student_writes_twice_what_it_sees(tmp_path, outputs):
+    run = open_run("pbr", "smoke", tmp_path / "run", PHONE)
+    data(run)
+    made = load_data(run)
+    teacher = train_teacher(run, made).modules["teacher"]
+    answers = ask_teacher(run, made, teacher)
+    student = train_student(run, "student", made, answers).modules["student"]
+    batch = made.fetch(made.rows("test")[:1])
+    assert answers.fetch([made.keys[made.rows("train")[0]]]).shape == (1, 8, 64, 64)
+    assert predict_maps(student, smaller(batch["views"], 32), batch["rig"]).shape == (1, 8, 64, 64)
+    sides = [commands.phone_module(student, 3, pooled=p)(torch.rand(1, 3, 3, 64, 64))[3].shape[-1] for p in (False, True)]
+    assert sides == [128, 64]     # with and without its super-resolution head
+    pytest.importorskip("coremltools")
+    config = {"views": 3, "image_size": 32, "map_size": 64}
+    assert commands.to_phone(student, config, tmp_path / "p.mlpackage", test_resolution=64)["outputs"]["normal"][-1] == 64
+    with pytest.raises(UserError, match="multiple of 32"): commands.to_phone(student, config, tmp_path / "p.mlpackage", test_resolution=50)
+
+
 # ---- scores
 
 def test_scores_tell_the_truth_from_guesses(materials):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PathText', 'UserError', 'nearest', 'Part', 'TrainPart', 'leaves', 'type_text', 'expected', 'flatten', 'read_value',
-           'split_words', 'parse_overrides', 'join_overrides', 'build', 'flat', 'read_yaml', 'Written', 'Recipe',
-           'find_projects', 'load_recipe_class', 'pick_device', 'numba_threads', 'seed_everything', 'seeded']
+           'split_words', 'parse_overrides', 'join_overrides', 'build', 'flat', 'each', 'read_yaml', 'Written',
+           'Recipe', 'find_projects', 'load_recipe_class', 'pick_device', 'numba_threads', 'seed_everything', 'seeded']
 
 # %% ../../nbs/core/00_recipe.ipynb #c840d04a
 import difflib, hashlib, importlib, json, os, random, re
@@ -227,6 +227,11 @@ def flat(part: Part, prefix: str = "") -> dict[str, Any]:
         value = getattr(part, name)
         out |= flat(value, f"{prefix}{name}.") if isinstance(value, Part) else {prefix + name: value}
     return out
+
+# %% ../../nbs/core/00_recipe.ipynb #ff188a34
+def each(parts: Iterable[str], **values: Any) -> dict[str, Any]:
+    "The same values for several parts, as dotted names."
+    return {f"{p}.{k}": v for p in parts for k, v in values.items()}
 
 # %% ../../nbs/core/00_recipe.ipynb #4509d542
 def read_yaml(path: str | Path, max_bytes: int = 1 << 20) -> dict[str, Any]:

@@ -9,7 +9,7 @@ __all__ = ['TRAININGS', 'NARROW', 'PRESETS', 'DataPart', 'UNetPart', 'ResNetPart
 # %% ../../nbs/design/00a_recipe.ipynb #6855b7fb
 from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator
-from ..core.recipe import Part, PathText, Recipe, TrainPart
+from ..core.recipe import Part, PathText, Recipe, TrainPart, each
 
 # %% ../../nbs/design/00a_recipe.ipynb #e6f7e9d9
 class DataPart(Part):
@@ -85,9 +85,6 @@ class LossPart(Part):
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
 
 # %% ../../nbs/design/00a_recipe.ipynb #58143b63
-def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
-
-
 TRAININGS = ("train", "judge", "distil", "baseline", "audit", "denoise", "halve", "tune", "reward")
 NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
           "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
@@ -96,20 +93,20 @@ PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
               "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
-              **_each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
-    "cpu": {**NARROW, **_each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
+              **each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
+    "cpu": {**NARROW, **each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
             "counterfactuals": 30, "train.steps": 3400, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 850, "audit.steps": 1400,
             "judge.steps": 560, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
-            **_each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 400, "baseline.steps": 800,
+            **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 400, "baseline.steps": 800,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
-            **_each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
+            **each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
             "tune.steps": 300, "reward.steps": 60, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 12, "reward.save_every": 30},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
-             **_each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
+             **each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,
              "decoder.widths": [128, 256, 256], "decoder.patch": 8, "denoise.optimiser": "adamw", "denoise.lr": 2e-4, "denoise.schedule": "cosine", "denoise.batch": 16, "denoise.steps": 60_000,
-             **_each(("halve", "tune"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995),
+             **each(("halve", "tune"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995),
              "reward.optimiser": "adamw", "reward.lr": 2e-5, "reward.schedule": "cosine", "reward.batch": 16, "reward.steps": 1000, "reward.eval_every": 100, "reward.save_every": 100},
 }
 

@@ -6,10 +6,10 @@
 __all__ = ['BACKBONES', 'STUDENTS', 'TRAININGS', 'GAN', 'SOURCE', 'FULL', 'PRESETS', 'WORDS', 'DataPart', 'ModelPart',
            'StudentPart', 'LossPart', 'ShardPart', 'PbrRecipe']
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #97e656fa
+# %% ../../nbs/pbr/00d_recipe.ipynb #1eea5134
 from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
-from ..core.recipe import Part, PathText, Recipe, TrainPart
+from ..core.recipe import Part, PathText, Recipe, TrainPart, each
 
 # %% ../../nbs/pbr/00d_recipe.ipynb #3471b5aa
 class DataPart(Part):
@@ -120,10 +120,7 @@ class ShardPart(Part):
     output_size: int = Field(0, ge=0, le=4096, description="side of the stored maps, pixels; 0: as the student writes them")
     size: int = Field(64, ge=1, description="samples a file")
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #828ec632
-def _each(parts: tuple[str, ...], **values: Any) -> dict[str, Any]: return {f"{p}.{k}": v for p in parts for k, v in values.items()}
-
-
+# %% ../../nbs/pbr/00d_recipe.ipynb #aab5ba06
 TRAININGS = ("train", "distil", "baseline")
 
 
@@ -132,24 +129,24 @@ def _student(name: str) -> dict[str, Any]: return {f"student.{k}": v for k, v in
 
 GAN = {"model.use_gan": True, "model.discriminator_n_layers": 6, "loss.gan_start": 0.05}
 SOURCE = {**_student("mobilenetv3_2048"), "data.image_size": 2048, "data.n": 1000, "model.encoder_type": "resnet", "model.encoder_stride": 1, "model.transformer_dim": 2048, "model.transformer_num_heads": 32, "model.transformer_depth": 4,
-          **_each(TRAININGS, optimiser="adamw", lr=1e-4, schedule="cosine", warmup=0.05, batch=2, steps=45_000, ema=0.999, log_every=50, eval_every=2250, save_every=2250)}
+          **each(TRAININGS, optimiser="adamw", lr=1e-4, schedule="cosine", warmup=0.05, batch=2, steps=45_000, ema=0.999, log_every=50, eval_every=2250, save_every=2250)}
 FULL = {**SOURCE, **GAN, "data.image_size": 1024, **_student("mobilenetv3_512"), "model.encoder_backbone": "resnet50", "model.encoder_stride": 2, "model.transformer_dim": 1024, "model.transformer_num_heads": 16, "model.discriminator_n_layers": 6,
-        **_each(TRAININGS, batch=4, steps=20_000, eval_every=2000, save_every=1000)}
+        **each(TRAININGS, batch=4, steps=20_000, eval_every=2000, save_every=1000)}
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #a435768b
+# %% ../../nbs/pbr/00d_recipe.ipynb #1d75192d
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 60, "data.image_size": 32, "data.val_ratio": 0.2, "edits": 3, "model.encoder_channels": [8, 16, 16], "model.transformer_dim": 16, "model.transformer_num_heads": 2, "model.transformer_depth": 1,
               "model.use_gan": True, "model.discriminator_n_layers": 1, "model.discriminator_ndf": 8, "student.channels": [4, 4, 8], "student.dim": 16, "student.depth": 1, "student.kernel": 5, "student.passing": 4,
-              "shards.size": 16, **_each(TRAININGS, steps=8, batch=4, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
+              "shards.size": 16, **each(TRAININGS, steps=8, batch=4, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {"data.n": 3000, "edits": 24, "model.encoder_channels": [16, 32, 96, 288], "model.transformer_dim": 256, "model.transformer_num_heads": 8, "model.transformer_depth": 2, "model.transformer_mlp_ratio": 2.0,
-            **_each(TRAININGS, optimiser="muon", lr=1e-2, batch=8, weight_decay=1e-3, ema=0.99, log_every=20, eval_every=250, save_every=250),
-            "train.steps": 1000, **_each(("distil", "baseline"), steps=1800, lr=1.5e-2)},
+            **each(TRAININGS, optimiser="muon", lr=1e-2, batch=8, weight_decay=1e-3, ema=0.99, log_every=20, eval_every=250, save_every=250),
+            "train.steps": 1000, **each(("distil", "baseline"), steps=1800, lr=1.5e-2)},
     "full": FULL,
     "default": {**SOURCE, **GAN, "model.encoder_backbone": "resnet50"},
-    "quick_test": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", "model.transformer_depth": 2, **_each(TRAININGS, steps=9000)},
+    "quick_test": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", "model.transformer_depth": 2, **each(TRAININGS, steps=9000)},
     "lightweight": {**SOURCE, "model.encoder_backbone": "resnet50", "model.use_gan": False, "loss.w_gan": 0.0},
-    "high_quality": {**SOURCE, **GAN, "model.encoder_backbone": "resnet101", "model.transformer_depth": 6, **_each(TRAININGS, steps=90_000)},
-    "fast_iteration": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", **_each(TRAININGS, steps=13_500)},
+    "high_quality": {**SOURCE, **GAN, "model.encoder_backbone": "resnet101", "model.transformer_depth": 6, **each(TRAININGS, steps=90_000)},
+    "fast_iteration": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", **each(TRAININGS, steps=13_500)},
     "normal_focused": {**SOURCE, **GAN, "model.encoder_backbone": "resnet50", "loss.w_normal": 1.0, "loss.w_normal_map": 2.0},
     "mobilenetv3_512": FULL,
     "convattn_student": {**FULL, "student.scale": 1, **_student("convattn_student")},
