@@ -123,7 +123,7 @@ def exported(run: Run, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[
     lost = lambda row: {"psnr_lost_gap": as_is["render_psnr"] - row["render_psnr"]}
     return {"student, fp16": half | lost(half), "student, 8 bit": eight | lost(eight), "student, ONNX": {"max_abs_error": parity["max_abs"]}}
 
-# %% ../../nbs/pbr/03_evaluate.ipynb #17c3e06f
+# %% ../../nbs/pbr/03_evaluate.ipynb #f8832cdc
 def state_criteria(card: Scorecard, made: PbrData, answers: Mapping[str, Mapping[str, Any]], price: Mapping[str, Mapping[str, Any]], full: bool) -> None:
     """What is asked of teacher and student; `answers`: row → metrics of the split scored first."""
     split = made.tests[0]
@@ -133,6 +133,8 @@ def state_criteria(card: Scorecard, made: PbrData, answers: Mapping[str, Mapping
     say("teacher: albedo", "teacher", f"albedo_psnr/{split}", ">=", 26)
     say("teacher: roughness", "teacher", f"roughness_rmse/{split}", "<=", 0.18)
     say("teacher: metal", "teacher", f"metal_iou/{split}", ">=", 0.75)
+    card.row("teacher", "teacher", {"psnr_over_alone": {split: answers["teacher"]["render_psnr"]["mean"] - answers["alone"]["render_psnr"]["mean"]}})
+    say("teacher: knows more than a student alone", "teacher", f"psnr_over_alone/{split}", ">", 0, "kilobench: dB; else there is nothing to distil")
     ratio = price["teacher"]["params"] / price["student"]["params"]
     card.row("student", "student", {"fewer_parameters": ratio, "psnr_below": {split: answers["teacher"]["render_psnr"]["mean"] - answers["student"]["render_psnr"]["mean"]},
                                     "degrees_below": {split: answers["student"]["normal_error"]["mean"] - answers["teacher"]["normal_error"]["mean"]},
