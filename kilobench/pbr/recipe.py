@@ -133,14 +133,14 @@ SOURCE = {**_student("mobilenetv3_2048"), "data.image_size": 2048, "data.n": 100
 FULL = {**SOURCE, **GAN, "data.image_size": 1024, **_student("mobilenetv3_512"), "model.encoder_backbone": "resnet50", "model.encoder_stride": 2, "model.transformer_dim": 1024, "model.transformer_num_heads": 16, "model.discriminator_n_layers": 6,
         **each(TRAININGS, batch=4, steps=20_000, eval_every=2000, save_every=1000)}
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #1d75192d
+# %% ../../nbs/pbr/00d_recipe.ipynb #96c34800
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 60, "data.image_size": 32, "data.val_ratio": 0.2, "edits": 3, "model.encoder_channels": [8, 16, 16], "model.transformer_dim": 16, "model.transformer_num_heads": 2, "model.transformer_depth": 1,
               "model.use_gan": True, "model.discriminator_n_layers": 1, "model.discriminator_ndf": 8, "student.channels": [4, 4, 8], "student.dim": 16, "student.depth": 1, "student.kernel": 5, "student.passing": 4,
               "shards.size": 16, **each(TRAININGS, steps=8, batch=4, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {"data.n": 3000, "edits": 24, "model.encoder_channels": [16, 32, 96, 288], "model.transformer_dim": 256, "model.transformer_num_heads": 8, "model.transformer_depth": 2, "model.transformer_mlp_ratio": 2.0,
             **each(TRAININGS, optimiser="muon", lr=1e-2, batch=8, weight_decay=1e-3, ema=0.99, log_every=20, eval_every=250, save_every=250),
-            "train.steps": 1000, **each(("distil", "baseline"), steps=1800, lr=1.5e-2)},
+            "train.steps": 1000, **each(("distil", "baseline"), steps=1200, lr=1.5e-2, weight_decay=0.1)},
     "full": FULL,
     "default": {**SOURCE, **GAN, "model.encoder_backbone": "resnet50"},
     "quick_test": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", "model.transformer_depth": 2, **each(TRAININGS, steps=9000)},

@@ -37,7 +37,7 @@ class PLKSeed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return x + self.ffn(self.norm(self.large(x)))
 
-# %% ../../nbs/pbr/01a_students.ipynb #ea644d12
+# %% ../../nbs/pbr/01a_students.ipynb #84e21363
 def orbits(size: int) -> Tensor:
     """[size, size] of indices: places that turn or mirror into one another share theirs; (n + 1)(n + 2) / 2 of them for size 2 n + 1."""
     far = (torch.arange(size) - size // 2).abs()
@@ -55,15 +55,18 @@ class SharedKernel(nn.Module):
         self.free, self.size = nn.Parameter(whole @ members / members.sum(0)), size
         self.register_buffer("index", index, persistent=False)
 
-    def forward(self) -> Tensor: return self.free[:, :, self.index].reshape(*self.free.shape[:2], self.size, self.size)
+    def forward(self) -> Tensor:
+        """The kernel, of unit length for each output: what it lets through does not grow with training."""
+        kernel = self.free[:, :, self.index].flatten(1)
+        return (kernel / kernel.square().sum(1, keepdim=True).sqrt().clamp(min=1e-6)).reshape(*self.free.shape[:2], self.size, self.size)
 
-# %% ../../nbs/pbr/01a_students.ipynb #589f4c1c
+# %% ../../nbs/pbr/01a_students.ipynb #d6e5dab3
 class PLKEsc(nn.Module):
-    """ESC's block: feed-forward, then `passing` channels through the shared kernel and through one made for the sample, then 1 × 1, residual; (x [B, C, h, w], kernel) → [B, C, h, w]."""
+    """ESC's block: feed-forward, then `passing` channels through the shared kernel and through one made for the sample, made even, then 1 × 1, residual; (x [B, C, h, w], kernel) → [B, C, h, w]."""
     def __init__(self, channels: int, passing: int = 16, ratio: float = 2.0):
         super().__init__()
         self.passing = passing
-        self.norm, self.ffn, self.mix = nn.BatchNorm2d(channels), ConvFFN(channels, ratio), nn.Conv2d(channels, channels, 1)
+        self.norm, self.ffn, self.even, self.mix = nn.BatchNorm2d(channels), ConvFFN(channels, ratio), nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1)
         self.make = nn.Sequential(nn.Conv2d(passing, passing // 2, 1), nn.GELU(), nn.Conv2d(passing // 2, 9 * passing, 1))
         nn.init.normal_(self.make[2].weight, std=0.02); nn.init.zeros_(self.make[2].bias)
 
@@ -78,7 +81,7 @@ class PLKEsc(nn.Module):
         dynamic = sum(own[:, i] * around[:, :, i // 3:i // 3 + h, i % 3:i % 3 + w] for i in range(9))
         return torch.cat([F.conv2d(few, kernel, padding=int(kernel.shape[-1]) // 2) + dynamic, rest], 1)
 
-    def forward(self, x: Tensor, kernel: Tensor) -> Tensor: return x + self.mix(self.attend(self.ffn(self.norm(x)), kernel))
+    def forward(self, x: Tensor, kernel: Tensor) -> Tensor: return x + self.mix(self.even(self.attend(self.ffn(self.norm(x)), kernel)))
 
 # %% ../../nbs/pbr/01a_students.ipynb #5302be91
 TRUNKS = ("vit", "plk-seed", "plk-esc", "none")
