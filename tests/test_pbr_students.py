@@ -87,7 +87,15 @@ def test_the_kernel_starts_as_the_mean_of_eight_turned_orthogonal_ones():
     made = SharedKernel(4, 5)()
     torch.manual_seed(3)
     whole = nn.init.orthogonal_(torch.empty(4, 4, 5, 5))
-    assert torch.allclose(made, sum(k.rot90(r, (-2, -1)) for k in (whole, whole.flip(-1)) for r in range(4)) / 8, atol=1e-6)
+    mean = sum(k.rot90(r, (-2, -1)) for k in (whole, whole.flip(-1)) for r in range(4)) / 8
+    assert torch.allclose(made, F.normalize(mean.flatten(1), dim=1).view_as(mean), atol=1e-5)
+
+
+def test_a_kernel_that_grows_lets_no_more_through():
+    kernel = SharedKernel(4, 5)
+    before = kernel()
+    with torch.no_grad(): kernel.free.mul_(1000)
+    assert torch.allclose(kernel(), before, atol=1e-5) and torch.allclose(before.flatten(1).norm(dim=1), torch.ones(4), atol=1e-5)
 
 
 def test_the_dynamic_kernel_is_the_samples_own():
