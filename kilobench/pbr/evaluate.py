@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'lit', 'metal_iou', 'score_maps', 'guesses', 'mean_material', 'asked', 'answer_all', 'role_of', 'costs',
            'exported', 'state_criteria', 'stamp_of', 'sheet', 'map_sheet', 'evaluate', 'score_order']
 
-# %% ../../nbs/pbr/03_evaluate.ipynb #59c634b0
+# %% ../../nbs/pbr/03_evaluate.ipynb #1144b70f
 from collections.abc import Mapping
 from typing import Any
 import torch
@@ -22,6 +22,7 @@ from .data import PbrData, data
 from .losses import degrees
 from .model import build
 from .recipe import PbrRecipe
+from .students import rebalanced
 from .train import predict_maps, smaller, smaller_maps, train
 
 # %% ../../nbs/pbr/03_evaluate.ipynb #6b1d6491
@@ -111,15 +112,15 @@ def costs(networks: Mapping[str, nn.Module], recipe: PbrRecipe, repeats: int = 1
         for name, t in times.items(): rows[name] |= {f"latency_ms_b{n}": t["median_ms"], "threads": t["threads"], "device": t["device"]}
     return rows
 
-# %% ../../nbs/pbr/03_evaluate.ipynb #e34d11b5
+# %% ../../nbs/pbr/03_evaluate.ipynb #5711a0ad
 def exported(run: Run, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Row → what the exported student scores: "student, fp16", "student, 8 bit", and the ONNX graph's largest difference."""
     def scored(state: Mapping[str, Tensor]) -> dict[str, float]:
         pred = predict_maps(fill(build("student", run.recipe), state), batch["views"], batch["rig"])
         return {"render_psnr": float(psnr(lit(pred), lit(batch["maps"])).mean()), "normal_error": float(degrees(pred[:, 5:], batch["maps"][:, 5:]).mean())}
     state, _ = load_student(run.path("export", "student.safetensors"))
-    as_is, half, eight = scored(student.state_dict()), scored(state), scored(quantise(student.state_dict(), 8)[0])
-    parity = to_onnx(student.eval(), (batch["views"][:1], batch["rig"][:1]), run.path("export", "student.onnx"), inputs=("views", "rig"), outputs=("maps",))
+    as_is, half, eight = scored(student.state_dict()), scored(state), scored(quantise(rebalanced(student).state_dict(), 8)[0])
+    parity = to_onnx(rebalanced(student).eval(), (batch["views"][:1], batch["rig"][:1]), run.path("export", "student.onnx"), inputs=("views", "rig"), outputs=("maps",))
     lost = lambda row: {"psnr_lost_gap": as_is["render_psnr"] - row["render_psnr"]}
     return {"student, fp16": half | lost(half), "student, 8 bit": eight | lost(eight), "student, ONNX": {"max_abs_error": parity["max_abs"]}}
 

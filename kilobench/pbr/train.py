@@ -7,7 +7,7 @@ __all__ = ['JUDGED', 'smaller', 'smaller_maps', 'mirrored', 'predict_maps', 'loo
            'train_teacher', 'key_of', 'Answers', 'ask_teacher', 'answer_cost', 'Taught', 'before_head',
            'student_update', 'train_student', 'save_trained', 'load_trained', 'load_networks', 'train']
 
-# %% ../../nbs/pbr/02_train.ipynb #f6e5b274
+# %% ../../nbs/pbr/02_train.ipynb #2ad96a2b
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,7 @@ from .discriminator import PatchGAN, d_loss, g_loss
 from .losses import degrees, map_terms, material_loss
 from .model import NETWORKS, build
 from .recipe import PbrRecipe
+from .students import rebalanced
 
 # %% ../../nbs/pbr/02_train.ipynb #c48c1247
 def smaller(views: Tensor, size: int) -> Tensor:
@@ -218,13 +219,13 @@ def train_student(run: Run, name: str, made: PbrData, answers: Answers | None = 
     return fit(run, name, modules, [update], Taught(made, answers) if answers is not None else Split(made), cfg, evaluate=lambda m: judge(m[name], made, r.student_size, r.map_size), metrics=JUDGED, best="looks",
                callbacks=[Strips(max(1, cfg.steps // 3), map_strip(made, name, r.student_size, r.map_size))], stop_at=stop_at)
 
-# %% ../../nbs/pbr/02_train.ipynb #936d49a6
+# %% ../../nbs/pbr/02_train.ipynb #e4bbdcac
 def save_trained(path: Path, name: str, model: nn.Module, recipe: PbrRecipe, dtype: str = "fp16") -> Path:
     """Write a network with its sizes as one safetensors file."""
     part = recipe.model if name == "teacher" else recipe.student
     config = {"project": "pbr", "network": name, "part": part.model_dump(mode="json"), "views": recipe.data.num_views, "fixed_rig": recipe.data.rig == "fixed",
               "image_size": recipe.data.image_size if name == "teacher" else recipe.student_size, "map_size": recipe.data.image_size if name == "teacher" else recipe.map_size}
-    return save_student(path, model, config, dtype)
+    return save_student(path, rebalanced(model), config, dtype)
 
 
 def load_trained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
