@@ -346,7 +346,9 @@ def publish_reference(run: Run, goal: Path | None = None, say: Callable[[str], N
     (new / "figures").mkdir(parents=True)
     for file in ("report.json", "manifest.json", "recipe.yaml"): shutil.copyfile(run.path(file), new / file)
     for name, data in _small_pictures(run, say).items(): (new / "figures" / name).write_bytes(data)
-    for p in sorted(run.path("export").glob("*.safetensors")): _half(p, new / p.name)
+    for p in sorted(run.path("export").glob("*.safetensors")):
+        if p.stem == "teacher": say(f"  left out of the reference: export/{p.name}, it can be trained again"); continue
+        _half(p, new / p.name)
     _swap(new, goal)
     return goal
 
