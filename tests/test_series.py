@@ -282,6 +282,13 @@ def test_reference_takes_what_is_small_and_halves_the_student(finished, tmp_path
     assert not (goal / "stale.png").exists() and [p.name for p in goal.parent.iterdir()] == ["cpu"]
 
 
+def test_a_teachers_weights_stay_out_of_a_reference(finished, tmp_path):
+    save_file({"w": np.zeros(3 << 20, np.float32)}, finished.path("export/teacher.safetensors"))
+    said = []
+    goal = publish_reference(finished, tmp_path / "reference" / "toy" / "cpu", say=said.append)
+    assert [p.name for p in goal.glob("*.safetensors")] == ["slots.safetensors"] and any("teacher.safetensors" in s for s in said)
+
+
 def test_of_a_trainings_strips_a_reference_shows_the_last(finished, tmp_path):
     for step in (5, 50, 500): finished.figure(f"slots-{step:07d}").write_bytes(b"p" * step)
     finished.figure("slots").write_bytes(b"p")
