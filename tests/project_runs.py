@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 
+import nbformat
 import torch
 from safetensors.torch import load_file
 
 from kilobench.core.run import open_run
+from kilobench.core.series import find_series, run_series
 
 KILL = """
 import importlib, sys
 from kilobench.core import training
 from kilobench.core.run import open_run
+from kilobench.core.series import find_series, run_series
 project, values = sys.argv[1:]
 run = open_run(project, "smoke", "", values)
 step = training.Progress.on_step
@@ -60,3 +63,16 @@ def assert_one_line(outputs, args, said):
     """A mistake on the command line is exit code 2 and one line that says what is meant."""
     p = subprocess.run([sys.executable, "-m", "kilobench", *args], capture_output=True, text=True, env=os.environ | {"KILOBENCH_OUTPUTS": str(outputs)})
     assert p.returncode == 2 and said in p.stderr and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
+
+
+def assert_series_runs(project, folder, monkeypatch):
+    """All five notebooks of a project run headlessly at smoke size, show pictures, and have nothing to do the second time."""
+    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(folder))
+    run = run_series(project)
+    assert list(run.seconds) == ["data", "model", "train", "evaluate", "counterfactual"] and run.path("report.json").exists() and run.path("index.html").exists()
+    outputs = lambda file: [o for c in nbformat.read(file, 4).cells if c.cell_type == "code" for o in c.outputs]
+    copies = [run.path("notebooks", s.notebook.name) for s in find_series(project)]
+    assert all(any("image/png" in o.get("data", {}) for o in outputs(c)) for c in copies[1:]), "each executed copy has pictures"
+    heard = []
+    run_series(project, say=heard.append)
+    assert [h.endswith("done before") for h in heard[1:]] == [True] * 5

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from project_runs import assert_one_line, assert_same_training, finished_run, kill_in_training
+from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
 from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
@@ -630,3 +630,6 @@ def test_controls_know_nothing_of_the_picture(run):
     (["predict", "design", "--image", "x.png", "--format", "post"], "one or the other"), (["run", "design", "decoder.rungs=[4,8]"], "falling"), (["data", "design", "--check", "nowhere"], "0 designs in metadata/"),
     (["data", "design", "--size", "100", "--out", "x"], "a multiple of 64"), (["run", "design", "train.step=3"], "train.steps"), (["run", "design", "--preset", "cpuu"], "cpu")])
 def test_mistakes_on_the_command_line_are_one_line(run, args, said): assert_one_line(run.dir.parents[1], args, said)
+
+
+def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("design", tmp_path, monkeypatch)

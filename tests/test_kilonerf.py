@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from project_runs import assert_one_line, assert_same_training, finished_run, kill_in_training
+from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
 from kilobench.core.metrics import psnr
 from kilobench.core.recipe import UserError
@@ -353,3 +353,6 @@ def test_the_command_line_says_a_mistake_in_one_line(outputs):
     for args, said in ((["run", "kilonerf", "student.gird=3"], "student.grid"), (["predict", "kilonerf", "--run", "nowhere"], "no such run"),
                        (["run", "kilonerf", "scene.folder=/nowhere"], "/nowhere"), (["check", "kilonerf", "--folder", "/nowhere"], "/nowhere")):
         assert_one_line(outputs, args, said)
+
+
+def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("kilonerf", tmp_path, monkeypatch)

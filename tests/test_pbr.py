@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from project_runs import assert_one_line, assert_same_training, finished_run, kill_in_training
+from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
 from kilobench.core.cli import in_own_words
 from kilobench.core.metrics import psnr
@@ -445,3 +445,6 @@ def test_mistakes_on_the_command_line_are_one_line(run, tmp_path):
     assert_one_line(tmp_path, ["run", "pbr", "data.input_dir=/nowhere", "data.output_dir=/nowhere"], "is not there")
     assert_one_line(tmp_path, ["train", "pbr", "--resume", "x.pth"], "goes on by itself")
     assert_one_line(tmp_path, ["predict", "pbr", "--input", "/nowhere", "--run", str(run.dir)], "no such folder")
+
+
+def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("pbr", tmp_path, monkeypatch)

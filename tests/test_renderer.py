@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from project_runs import assert_one_line, assert_same_training, finished_run, kill_in_training
+from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
 from kilobench.core.metrics import psnr
 from kilobench.core.recipe import UserError
@@ -401,3 +401,6 @@ def test_the_command_line_says_a_mistake_in_one_line(outputs):
     for args, said in ((["run", "renderer", "data.nn=3"], "data.n"), (["predict", "renderer", "--text", "a red bal", "--run", "nowhere"], "no such run"),
                        (["run", "rendrer"], "renderer"), (["data", "renderer", "--check", "/nowhere"], "captions.jsonl")):
         assert_one_line(outputs, args, said)
+
+
+def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("renderer", tmp_path, monkeypatch)
