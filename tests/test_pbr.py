@@ -27,7 +27,7 @@ from kilobench.pbr.losses import cosine_gap, degrees, map_terms, material_loss, 
 from kilobench.pbr.materials import draw_material
 from kilobench.pbr.model import build, build_teacher
 from kilobench.pbr.recipe import PRESETS, STUDENTS, DataPart, LossPart, ModelPart, PbrRecipe
-from kilobench.pbr.train import Answers, ask_teacher, key_of, load_trained, looks, mirrored, predict_maps, smaller, smaller_maps, train, train_student, train_teacher
+from kilobench.pbr.train import Answers, ask_teacher, key_of, lit, load_trained, mirrored, predict_maps, smaller, smaller_maps, train, train_student, train_teacher, usual_rig
 
 TEXTURES = Path(__file__).parents[2] / "shared" / "data" / "pbr_cc0"
 TINY = "data.n=40 edits=2 shards.size=8 " + " ".join(f"{t}.steps={n} {t}.batch=4 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("distil", 4), ("baseline", 2)))
@@ -298,6 +298,16 @@ def test_a_killed_training_goes_on_to_the_same_bits(run, tmp_path, start):
     for name in ("teacher", "student", "alone"): assert_same_training(again, run, name)
 
 
+def test_a_network_knows_the_rig_it_was_trained_with(run, folders):
+    assert torch.allclose(torch.tensor(load_trained(run.path("export", "student.safetensors"))[1]["rig"]), torch.cat(rig(3), 1))
+    (folders / "input" / METADATA).write_text(json.dumps({f"sample_{k:04d}": f"m{k}" for k in range(6)}))
+    make_data(folders / "untold", own(folders), 0)
+    assert not any(any(v) for v in usual_rig(PbrData.open(folders / "untold")))
+    many = PbrData.open(folders / "untold")
+    many.rig = torch.rand(len(many), 3, 6)
+    assert not any(any(v) for v in usual_rig(many))
+
+
 def test_student_and_twin_start_alike_and_the_gan_counts(run):
     assert module_hash(build("student", run.recipe)) == module_hash(build("alone", run.recipe))
     head = run.path("metrics-teacher.csv").read_text().splitlines()[0]
@@ -326,10 +336,10 @@ def test_a_phone_student_writes_twice_what_it_sees(tmp_path, outputs):
     batch = made.fetch(made.rows("test")[:1])
     assert answers.fetch([made.keys[made.rows("train")[0]]]).shape == (1, 8, 64, 64)
     assert predict_maps(student, smaller(batch["views"], 32), batch["rig"]).shape == (1, 8, 64, 64)
-    sides = [commands.phone_module(student, 3, pooled=p)(torch.rand(1, 3, 3, 64, 64))[3].shape[-1] for p in (False, True)]
+    sides = [commands.phone_module(student, torch.cat(rig(3), 1), pooled=p)(torch.rand(1, 3, 3, 64, 64))[3].shape[-1] for p in (False, True)]
     assert sides == [128, 64]     # with and without its super-resolution head
     pytest.importorskip("coremltools")
-    config = {"views": 3, "image_size": 32, "map_size": 64}
+    config = {"views": 3, "image_size": 32, "map_size": 64, "rig": torch.cat(rig(3), 1).tolist()}
     assert commands.to_phone(student, config, tmp_path / "p.mlpackage", test_resolution=64)["outputs"]["normal"][-1] == 64
     with pytest.raises(UserError, match="multiple of 32"): commands.to_phone(student, config, tmp_path / "p.mlpackage", test_resolution=50)
 
@@ -392,7 +402,7 @@ def test_predict_writes_a_material(run, tmp_path):
     net, _ = load_trained(run.path("export", "student.safetensors"))
     made = load_data(run)
     batch = made.fetch(made.rows("test")[:1])
-    assert looks(again[None], predict_maps(net, batch["views"], batch["rig"])).item() > 20
+    assert psnr(lit(again[None]), lit(predict_maps(net, batch["views"], batch["rig"]))).item() > 20
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -44,9 +44,9 @@ def sample_of(index: int, run: str, student: str) -> tuple[Any, Any]:
     batch = made.fetch([rows[index]])
     return smaller(batch["views"], owner.recipe.student_size if student != "teacher" else made.size)[0], batch["rig"][0]
 
-# %% ../../nbs/pbr/05_commands.ipynb #5c636987
+# %% ../../nbs/pbr/05_commands.ipynb #e2e95218
 def enlarged(maps: Any, size: int) -> Any:
-    """Maps [8, H, W] at `size` by Lanczos, as PNG's 8 bit are not yet needed: each channel in floating point; normals made unit again."""
+    """Maps [8, H, W] at `size` by Lanczos, in floating point; normals made unit again."""
     import numpy as np
     import torch
     import torch.nn.functional as F
@@ -55,24 +55,23 @@ def enlarged(maps: Any, size: int) -> Any:
     out = torch.stack([torch.from_numpy(np.array(Image.fromarray(c.numpy(), mode="F").resize((size, size), Image.Resampling.LANCZOS))) for c in maps.float()])
     return torch.cat([out[:5].clamp(0, 1), F.normalize(out[5:], dim=0)])
 
-# %% ../../nbs/pbr/05_commands.ipynb #219a5108
+# %% ../../nbs/pbr/05_commands.ipynb #210787b2
 def predict(input: Annotated[Path | None, typer.Option(help="Folder with the photographs of one material, in alphabetical order.")] = None,
             sample_idx: Annotated[int, typer.Option(help="Or a test sample of the run, by number.")] = 0,
             out: Annotated[Path, typer.Option("--out", "--out-dir", help="Folder to write the maps into.")] = Path("material"),
             size: Annotated[int, typer.Option(min=0, max=8192, help="Side of the maps written, by Lanczos (2048, as on a phone); 0: as predicted.")] = 0,
-            known_rig: Annotated[bool, typer.Option("--rig/--no-rig", help="The flash stood where the rig has it: top, lower left, lower right; or nobody knows.")] = True,
+            known_rig: Annotated[bool, typer.Option("--rig/--no-rig", help="The lights stood where they did for the training photographs (by default: flash at the top, lower left, lower right); or nobody knows.")] = True,
             run: Annotated[str, typer.Option(help="The run whose network answers; default: the newest, else the reference.")] = "",
             student: Annotated[str, typer.Option(help="student | alone | teacher")] = "student") -> None:
     """Read a material off photographs: four maps, an ORM texture and a glTF material."""
     import torch
     from kilobench.core.show import to_pil
-    from kilobench.pbr.brdf import rig
     from kilobench.pbr.textures import write_gltf, write_material
     from kilobench.pbr.train import load_trained, predict_maps
     file = find_student("pbr", STUDENTS, run, student)
     net, config = load_trained(file)
     if input is None: photos, setup = sample_of(sample_idx, run, student)
-    else: photos, setup = photos_in(input, config["views"], config["image_size"]), torch.cat(rig(config["views"]), 1)
+    else: photos, setup = photos_in(input, config["views"], config["image_size"]), torch.tensor(config["rig"])
     if not known_rig: setup = torch.zeros_like(setup)
     maps = enlarged(predict_maps(net, photos[None], setup[None])[0], size or config["map_size"])
     write_material(out, maps)
@@ -129,20 +128,19 @@ def check_folder(root: Path) -> None:
         found[normal_convention(read_maps(root / "output" / s.material, 32)[5:])[0]] += 1
     print(f"{root}: {len(samples)} samples can be read; lights {'recorded' if any(any(v) for s in samples.values() for v in s.rig) else 'not recorded'}; normals by the curl test: " + ", ".join(f"{k} {n}" for k, n in found.items()))
 
-# %% ../../nbs/pbr/05_commands.ipynb #a8cd8ec6
-def phone_module(net: Any, views: int, pooled: bool = False) -> Any:
-    """A network as a phone calls it: photographs [1, V, 3, H, W] in, the rig a constant inside, albedo, roughness, metallic and normal as pictures in [0, 1] out; pooled: the four sub-pixels of a super-resolution head averaged, so that sides stay as they are."""
+# %% ../../nbs/pbr/05_commands.ipynb #4ef1193c
+def phone_module(net: Any, setup: Any, pooled: bool = False) -> Any:
+    """A network as a phone calls it: photographs [1, V, 3, H, W] in, the rig `setup` [V, 6] a constant inside, albedo, roughness, metallic and normal as pictures in [0, 1] out; pooled: the four sub-pixels of a super-resolution head averaged, so that sides stay as they are."""
     import torch
     import torch.nn.functional as F
     from torch import nn
-    from kilobench.pbr.brdf import rig
 
     class Phone(nn.Module):
         """See above."""
         def __init__(self) -> None:
             super().__init__()
             self.net = net
-            self.register_buffer("rig", torch.cat(rig(views), 1)[None])
+            self.register_buffer("rig", torch.as_tensor(setup)[None])
 
         def forward(self, photographs: torch.Tensor) -> tuple[torch.Tensor, ...]:
             """Four pictures."""
@@ -163,10 +161,10 @@ def to_phone(net: Any, config: dict[str, Any], out: Path, fp16: bool = True, pal
     from kilobench.core.export import to_coreml
     side, scale = test_resolution or config["image_size"], config["map_size"] // config["image_size"]
     if side % 32: raise UserError(f"--test-resolution {side}: expected a multiple of 32")
-    module = phone_module(net, config["views"], pooled=bool(test_resolution) and scale > 1 and not use_sr)
+    module = phone_module(net, config["rig"], pooled=bool(test_resolution) and scale > 1 and not use_sr)
     return to_coreml(module, torch.rand(1, config["views"], 3, side, side), out, inputs=("photographs",), outputs=OUTPUTS, precision="fp16" if fp16 else "fp32", max_batch=1, target="iOS17", palettise=8 if palettization else 0)
 
-# %% ../../nbs/pbr/05_commands.ipynb #a2eef599
+# %% ../../nbs/pbr/05_commands.ipynb #f14e4c5d
 def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, x.safetensors or x.mlpackage.")] = Path("student.onnx"),
            coreml: Annotated[bool, typer.Option("--coreml", help="Core ML, whatever --out ends in: x.mlpackage.")] = False,
            fp16: Annotated[bool, typer.Option("--fp16/--no-fp16", help="Core ML: half precision, or full where artefacts show.")] = True,
@@ -178,7 +176,6 @@ def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, x.safe
     """Write a network as ONNX (with a parity check), safetensors or a Core ML package."""
     import torch
     from kilobench.core.export import save_student, to_onnx
-    from kilobench.pbr.brdf import rig
     from kilobench.pbr.train import load_trained
     file = find_student("pbr", STUDENTS, run, student)
     net, config = load_trained(file)
@@ -192,10 +189,10 @@ def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, x.safe
                      + (f"largest difference to PyTorch {report['max_abs']:.1e}" if report["max_abs"] is not None else "not run: Core ML predicts on macOS only"))
     if out.suffix != ".onnx": raise UserError(f"--out {out}: expected x.onnx, x.safetensors or x.mlpackage")
     side = config["image_size"]
-    report = to_onnx(net, (torch.rand(1, config["views"], 3, side, side), torch.cat(rig(config["views"]), 1)[None]), out, inputs=("views", "rig"), outputs=("maps",))
+    report = to_onnx(net, (torch.rand(1, config["views"], 3, side, side), torch.tensor(config["rig"])[None]), out, inputs=("views", "rig"), outputs=("maps",))
     print(f"{out}: {student}, largest difference to PyTorch {report['max_abs']:.1e}; maps are albedo (3, sRGB), roughness, metallic, normal (3, OpenGL)")
 
-# %% ../../nbs/pbr/05_commands.ipynb #d3b68ce4
+# %% ../../nbs/pbr/05_commands.ipynb #74e00739
 def score_textures(folder: Path, run: str, tiles: int) -> dict[str, dict[str, float]]:
     """Row → {render_psnr, normal_error, roughness_rmse, metal_iou} of a run's networks, and of mean colour on a flat surface, on textures under a folder."""
     import torch
@@ -207,10 +204,10 @@ def score_textures(folder: Path, run: str, tiles: int) -> dict[str, dict[str, fl
     nets = {n: load_trained(f) for n in STUDENTS if (f := find_student("pbr", STUDENTS, run).parent / f"{n}.safetensors").exists()}
     size, views = max(c["map_size"] for _, c in nets.values()), nets["student"][1]["views"]
     maps = torch.stack([m for _, m in cut_textures(folder, size, tiles)])
-    photos, setup = to_uint8(render(maps, *rig(views))), torch.cat(rig(views), 1).expand(len(maps), -1, -1)
+    photos = to_uint8(render(maps, *rig(views)))
     least = nets["student"][1]["map_size"]
     truth, out = smaller_maps(maps, least), {}
-    for name, (net, config) in nets.items(): out[name] = smaller_maps(predict_maps(net, smaller(photos, config["image_size"]), setup), least)
+    for name, (net, config) in nets.items(): out[name] = smaller_maps(predict_maps(net, smaller(photos, config["image_size"]), torch.tensor(config["rig"]).expand(len(maps), -1, -1)), least)
     out["mean colour, flat"] = guesses({"maps": truth, "views": smaller(photos, least)}, torch.tensor([0.5] * 3 + [0.57, 0, 0, 0, 1]).view(8, 1, 1))["mean colour, flat"]
     kept, plain = ("render_psnr", "normal_error", "roughness_rmse", "metal_iou"), lambda v: v["mean"] if isinstance(v, dict) else v
     return {name: {k: round(plain(v), 3) for k, v in score_maps(m, truth).items() if k in kept} for name, m in out.items()}

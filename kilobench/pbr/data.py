@@ -184,13 +184,13 @@ def photograph_textures(textures: Path, root: Path, part: DataPart, seed: int, t
     """Cut and photograph somebody's own textures into root/input and root/output, clean and dirty."""
     return write_set(root, cut_textures(textures, part.image_size, tiles), part, seed)
 
-# %% ../../nbs/pbr/00_data.ipynb #d6081393
+# %% ../../nbs/pbr/00_data.ipynb #dc63a189
 PACK = 4 << 30
 
 
-def entries_of(items: Sequence[Item], root: Path) -> list[dict[str, Any]]:
-    """What index.json holds of items whose photographs lie under `root`/input and maps under `root`/output."""
-    return [{"sample": i.sample.name, "material": i.sample.material, "rig": [list(v) for v in i.sample.rig], "source": i.source, "split": i.split, "root": str(root)} for i in items]
+def entries_of(items: Sequence[Item]) -> list[dict[str, Any]]:
+    """What index.json holds of items."""
+    return [{"sample": i.sample.name, "material": i.sample.material, "rig": [list(v) for v in i.sample.rig], "source": i.source, "split": i.split} for i in items]
 
 # %% ../../nbs/pbr/00_data.ipynb #570d5d16
 @dataclass
@@ -258,7 +258,7 @@ class Split(Dataset):
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]: return self.data.fetch([self.index[i] for i in indices])
     def __getitem__(self, i: int) -> dict[str, Tensor]: return self.data[self.index[i]]
 
-# %% ../../nbs/pbr/00_data.ipynb #e647bc9a
+# %% ../../nbs/pbr/00_data.ipynb #e1ccd1b5
 def stamp_of_files(*folders: str) -> str:
     """A hash over names, sizes and times of the pictures and metadata of folders, for a cache's key."""
     files = sorted(p for f in folders if f for p in Path(f).rglob("*") if p.is_file() and not p.name.startswith("."))
@@ -284,9 +284,9 @@ def make_data(dir: Path, part: DataPart, seed: int) -> None:
         if part.textures:
             taken = photograph_textures(Path(part.textures), dir / "real", part, seed)
             items += [Item(s, "clean", "real") for s in taken]
-        write_json(dir / "index.json", {"input": part.input_dir, "output": part.output_dir, "size": part.image_size, "views": part.num_views, "normals": part.normals, "items": entries_of(items, dir)})
+        write_json(dir / "index.json", {"input": part.input_dir, "output": part.output_dir, "size": part.image_size, "views": part.num_views, "normals": part.normals, "items": entries_of(items)})
 
-# %% ../../nbs/pbr/00_data.ipynb #a985dec9
+# %% ../../nbs/pbr/00_data.ipynb #e2fd920c
 def contents(made: PbrData) -> list[str]:
     """A hash of what the maps of each item show, 16 hex digits."""
     out: list[str] = []
@@ -305,15 +305,16 @@ def check_data(card: Scorecard, made: PbrData, part: DataPart) -> None:
     count = {s: len(made.rows(s)) for s in ("train", "val", *made.tests)}
     card.check("samples in every split", bool(made.tests) and all(count.values()), ", ".join(f"{s} {n}" for s, n in count.items()))
     shown, train = contents(made), set(made.rows("train"))
-    material = {f"{e['root'] if e['split'] == 'real' else ''}{e['split'] == 'real'}{e['material']}": c for e, c in zip(made.entries, shown)}
+    names = [("real " if e["split"] == "real" else "") + e["material"] for e in made.entries]
+    material = dict(zip(names, shown))
     card.check("distinct materials", len(set(material.values())) >= 0.99 * len(material), f"{len(set(material.values()))} of {len(material)}")
-    for what, keys in (("material", [e["material"] if e["split"] != "real" else f"real {e['material']}" for e in made.entries]), ("map", shown)):
+    for what, keys in (("material", names), ("map", shown)):
         a, b = {keys[i] for i in train}, {keys[i] for i in range(len(made)) if i not in train}
         card.check(f"no {what} of training is held out too", not a & b, f"{len(a & b)} shared, of {len(a)} and {len(b)}")
     some = made.fetch(made.rows("train")[:256])
     lean, metal = tilt(some["maps"]).mean(), (some["maps"][:, 4] > 0.5).float().mean()
     card.check("normals to learn", bool(lean > 2), f"{lean:.1f}° from flat on average")
-    card.check("metal and no metal", part.input_dir != "" or bool(0.02 < metal < 0.9), f"{metal:.0%} of the pixels are metal")
+    if not made.own: card.check("metal and no metal", bool(0.02 < metal < 0.9), f"{metal:.0%} of the pixels are metal")
     if not made.own and part.rig != "free":
         test = made.fetch(made.rows("test")[:64])
         near = psnr(render(test["maps"], test["rig"][..., :3], test["rig"][..., 3:]).flatten(0, 1), test["views"].flatten(0, 1))
