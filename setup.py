@@ -48,7 +48,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["kilobench", "kilobench.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={"dev": cfg["dev_requirements"].split(), "wandb": cfg["wandb_requirements"].split()},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
     cmdclass={"build_py": BuildWithNotebooks},

@@ -559,12 +559,32 @@ def test_quiet_progress(tmp_path, capsys):
 
 def test_tensorboard_and_strips(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    strip = Strips(10, lambda m: torch.rand(8, 8, 3), name="look")
-    train(tmp_path / "r", overrides="train.steps=30", callbacks=[strip], stop_at=17)
-    train(tmp_path / "r", overrides="train.steps=30", callbacks=[strip])
+    from kilobench.core.show import new_figure
+    strip, drawn = Strips(10, lambda m: torch.rand(8, 8, 3), name="look"), Strips(30, lambda m: new_figure(2, 1), name="curve")
+    train(tmp_path / "r", overrides="train.steps=30", callbacks=[strip, drawn], stop_at=17)
+    train(tmp_path / "r", overrides="train.steps=30", callbacks=[strip, drawn])
     events = EventAccumulator(str(tmp_path / "r/tb/net")).Reload()
     assert [e.step for e in events.Scalars("l2")] == [7, 14, 15, 21, 28, 30] and "grad_norm" in events.Tags()["scalars"]
-    assert sorted(p.name for p in (tmp_path / "r/figures").iterdir()) == [f"look-{s:07d}.png" for s in (10, 20, 30)]
+    assert {name: [e.step for e in events.Images(name)] for name in ("look", "curve")} == {"look": [10, 20, 30], "curve": [30]}
+    assert sorted(p.name for p in (tmp_path / "r/figures").iterdir()) == ["curve-0000030.png", *(f"look-{s:07d}.png" for s in (10, 20, 30))]
+
+
+def test_wandb_that_is_asked_for_and_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("KILOBENCH_WANDB", "a-project")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install kilobench\[wandb\]"): train(tmp_path / "r", overrides="train.steps=10")
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is an extra, and not installed here")
+    monkeypatch.setenv("KILOBENCH_WANDB", "a-project")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    train(tmp_path / "r", overrides="train.steps=30", stop_at=17)
+    train(tmp_path / "r", overrides="train.steps=30")
+    kept = list((tmp_path / "r/wandb/net").rglob("run-*.wandb"))
+    assert len(kept) == 2 and len({p.stem for p in kept}) == 1, "two sessions of one W&B run"
+    assert all(p.stat().st_size > 500 for p in kept)
 
 
 def test_keep_more_than_one(tmp_path):

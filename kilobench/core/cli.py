@@ -449,7 +449,7 @@ def _chromium() -> str:
 def look_at_options() -> list[Finding]:
     """Parts that only some projects or tests use."""
     parts = {"gsplat": (_installed("gsplat"), "pip install gsplat (CUDA; faster splats)"),
-             "wandb": (_installed("wandb"), "pip install wandb (TensorBoard is built in)"),
+             "wandb": (_installed("wandb"), "pip install kilobench[wandb], and KILOBENCH_WANDB=<project> (TensorBoard is built in)"),
              "ffmpeg": (_ffmpeg(), "pip install imageio-ffmpeg (videos)"),
              "chromium": (_chromium(), "playwright install chromium (tests of pages)")}
     return [(name, "ok" if found else "optional", found or "none", "" if found else todo) for name, (found, todo) in parts.items()]

@@ -7,8 +7,8 @@ __all__ = ['DECISIVE', 'WORD', 'mix', 'StepSampler', 'fetch', 'TensorData', 'spl
            'make_optimizer', 'make_schedules', 'NotFinite', 'Meter', 'FitState', 'Callback', 'start_callbacks',
            'mean_gradients', 'named_terms', 'one_update', 'train_mode', 'evaluating', 'run_evaluation', 'EMA',
            'read_checkpoint', 'recover', 'swap', 'save_checkpoint', 'load_weights', 'resume', 'Checkpoint', 'CSVLog',
-           'TensorBoard', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals', 'make_accelerator',
-           'fit', 'Fitted', 'seconds_trained', 'load_fitted']
+           'TensorBoard', 'WeightsAndBiases', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals',
+           'make_accelerator', 'fit', 'Fitted', 'seconds_trained', 'load_fitted']
 
 # %% ../../nbs/core/05_training.ipynb #9f280203
 import csv, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
@@ -259,7 +259,7 @@ class Meter:
         out, self.sums = {k: s / n for k, (s, n) in self.sums.items()}, {}
         return out
 
-# %% ../../nbs/core/05_training.ipynb #38e48f6c
+# %% ../../nbs/core/05_training.ipynb #0b8ae62a
 @dataclass
 class FitState:
     """A training under way, as callbacks see it; `step` is the number of completed steps."""
@@ -293,6 +293,7 @@ class FitState:
     started: float = field(default_factory=time.perf_counter)
     stopping: str = ""                                         # name of the signal that asks to stop
     board: Any = None                                          # TensorBoard's writer, once there is one
+    first: int = 1                                             # the first step of this session
 
     def __post_init__(self):
         a = self.accelerator     # asked at every step, and its answers never change
@@ -308,6 +309,13 @@ class FitState:
     def folder(self) -> Path: return self.run.path("checkpoints", self.name)
     @property
     def csv_path(self) -> Path: return self.run.path(f"metrics-{self.name}.csv")
+
+    def writer(self) -> Any:
+        """TensorBoard's writer for this training, made when first asked for."""
+        if self.board is None:
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(str(self.run.path("tb", self.name)), purge_step=self.first if self.first > 1 else None)
+        return self.board
 
     def call(self, event: str) -> None:
         for hook in self.hooks.get(event, ()): hook(self)
@@ -670,22 +678,41 @@ class CSVLog(Callback):
         self.sum.update(data)
         state.csv = {"bytes": state.csv["bytes"] + len(data), "sha256": self.sum.hexdigest()}
 
-# %% ../../nbs/core/05_training.ipynb #9592b9e7
+# %% ../../nbs/core/05_training.ipynb #4515c0d7
 class TensorBoard(Callback):
-    """The rows as scalars under tb/<name>; other callbacks may write images through `state.board`."""
+    """The rows as scalars under tb/<name>; other callbacks write images through `state.writer()`."""
 
-    def on_start(self, state: FitState) -> None: self.first = state.step + 1
+    def on_start(self, state: FitState) -> None: state.first = state.step + 1
 
     def on_log(self, state: FitState) -> None:
         if not state.main: return
-        if state.board is None:
-            from torch.utils.tensorboard import SummaryWriter
-            state.board = SummaryWriter(str(state.run.path("tb", state.name)), purge_step=self.first if self.first > 1 else None)
         for name, value in state.row.items():
-            if name not in ("step", "seconds"): state.board.add_scalar(name.replace(".", "/"), value, state.step)
+            if name not in ("step", "seconds"): state.writer().add_scalar(name.replace(".", "/"), value, state.step)
 
     def on_end(self, state: FitState) -> None:
         if state.board is not None: state.board.close(); state.board = None
+
+# %% ../../nbs/core/05_training.ipynb #42c5e17c
+class WeightsAndBiases(Callback):
+    """The rows at wandb.ai, for the project named in KILOBENCH_WANDB; without it, nothing. Needs `pip install kilobench[wandb]`."""
+
+    def on_start(self, state: FitState) -> None:
+        """Open the W&B run of this training, or go on with it."""
+        self.project, self.to = os.environ.get("KILOBENCH_WANDB", "") if state.main else "", None
+        if not self.project: return
+        try: import wandb
+        except ImportError: raise UserError("KILOBENCH_WANDB is set, but wandb is not installed; pip install kilobench[wandb], or unset it") from None
+        folder = state.run.path("wandb", state.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        where = f"{state.run.dir.parent.name}/{state.run.dir.name}/{state.name}"
+        self.to = wandb.init(project=self.project, name=where, id=hashlib.sha256(str(state.folder.resolve()).encode()).hexdigest()[:16], resume="allow",
+                             dir=str(folder), config=state.run.recipe.model_dump(mode="json"))
+
+    def on_log(self, state: FitState) -> None:
+        if self.to is not None: self.to.log({k: v for k, v in state.row.items() if k not in ("step", "seconds")}, step=state.step)
+
+    def on_end(self, state: FitState) -> None:
+        if self.to is not None: self.to.finish()
 
 # %% ../../nbs/core/05_training.ipynb #f9a3b698
 def in_notebook() -> bool:
@@ -754,7 +781,7 @@ class LivePlot(Callback):
     def on_end(self, state: FitState) -> None:
         if self.on and self.handle is not None: self.draw(state)  # the last points; a training shorter than one redraw has no plot
 
-# %% ../../nbs/core/05_training.ipynb #06d6be6d
+# %% ../../nbs/core/05_training.ipynb #7def81a6
 class Strips(Callback):
     """Every `every` steps paint `fn(modules)` into figures/<name>-<step>.png; fn gives [H, W, 3] or [3, H, W], a PIL image or a figure."""
 
@@ -766,13 +793,13 @@ class Strips(Callback):
 
     def paint(self, state: FitState) -> Path:
         """Paint and save now; returns the file."""
+        from PIL import Image
         with evaluating(state) as judged: picture = self.fn(judged)
         path = state.run.figure(f"{self.name or state.name}-{state.step:07d}.png")
         with atomic_path(path) as tmp:
             if hasattr(picture, "savefig"): picture.savefig(tmp, format="png")
             else: _pil(picture).save(tmp, format="PNG")
-        if state.board is not None and not hasattr(picture, "savefig"):
-            state.board.add_image(self.name or state.name, np.asarray(_pil(picture)), state.step, dataformats="HWC")
+        with Image.open(path) as saved: state.writer().add_image(self.name or state.name, np.asarray(saved.convert("RGB")), state.step, dataformats="HWC")
         return path
 
 
@@ -947,7 +974,7 @@ def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Up
         for n in state.trained: modules[n].compile()     # in place: names in the state dict stay
     return state
 
-# %% ../../nbs/core/05_training.ipynb #40341bbd
+# %% ../../nbs/core/05_training.ipynb #2488c788
 def fit(run: Run, name: str, modules: nn.Module | dict[str, nn.Module], loss: Callable | Sequence[Update], data: Any, cfg: TrainPart, *,
         evaluate: Callable[[dict[str, nn.Module]], Mapping[str, float]] | None = None, metrics: Sequence[str] = (), best: str = "",
         callbacks: Sequence[Callback] = (), stop_at: int | None = None) -> "Fitted":
@@ -960,7 +987,7 @@ def fit(run: Run, name: str, modules: nn.Module | dict[str, nn.Module], loss: Ca
     updates = [Update(name, [n for n, m in modules.items() if trainable(m)], loss)] if callable(loss) else list(loss)
     _check(name, modules, updates, cfg, evaluate, metrics, best)
     state = _set_up(run, name, modules, updates, cfg, metrics, best, stop_at)
-    own = [EMA(), Checkpoint(), CSVLog(), TensorBoard(), Progress(), LivePlot()]
+    own = [EMA(), Checkpoint(), CSVLog(), TensorBoard(), WeightsAndBiases(), Progress(), LivePlot()]
     own = [c for c in own if not any(type(c) is type(mine) for mine in callbacks)]
     with seeded(mix(run.recipe.seed, name, state.rank)), _plain_errors(state):
         try:

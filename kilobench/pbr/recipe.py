@@ -114,11 +114,13 @@ class LossPart(Part):
     taught: tuple[Literal["albedo", "roughness", "metallic", "normal", "ssim", "angle", "render"], ...] = Field(("roughness", "metallic", "normal", "angle"), description="these terms; in the others truth alone counts")
     w_feature: float = Field(0.0, ge=0, description="distance of the student's features to the teacher's")
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #7624e88b
+# %% ../../nbs/pbr/00d_recipe.ipynb #be66d3e6
 class ShardPart(Part):
     """How the teacher's predictions are kept."""
     output_size: int = Field(0, ge=0, le=4096, description="side of the stored maps, pixels; 0: as the student writes them")
     size: int = Field(64, ge=1, description="samples a file")
+    input_dir: PathText = Field("", description="folder of .pt files with a teacher's answers, used in place of this run's teacher's (02b); empty: ask ours")
+    order: PathText = Field("", description="text file with a sample's name a line, in the order of those answers; empty: the files name them")
 
 # %% ../../nbs/pbr/00d_recipe.ipynb #aab5ba06
 TRAININGS = ("train", "distil", "baseline")
@@ -154,10 +156,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mobilenetv3_2048": {**FULL, "data.image_size": 2048, "student.scale": 1, **_student("mobilenetv3_2048")},
 }
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #75627b01
+# %% ../../nbs/pbr/00d_recipe.ipynb #e54ef5ea
 WORDS = {"config": "--preset", "input-dir": "data.input_dir", "output-dir": "data.output_dir", "render-curriculum": "data.render_curriculum", "use-dirty": "data.render_curriculum=2",
          "batch-size": "train.batch", "shard-output-size": "shards.output_size", "shard-size": "shards.size", "checkpoint-dir": "--name",
-         "resume": "!a training goes on by itself; give the command that started it again", "shards-dir": "!the teacher's answers are made and found by themselves, under outputs/cache/pbr"}
+         "resume": "!a training goes on by itself; give the command that started it again", "shards-dir": "shards.input_dir"}
 
 
 class PbrRecipe(Recipe):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['JUDGED', 'smaller', 'smaller_maps', 'mirrored', 'predict_maps', 'lit', 'judge', 'map_strip', 'teacher_updates',
-           'train_teacher', 'key_of', 'Answers', 'ask_teacher', 'answer_cost', 'Taught', 'before_head',
-           'student_update', 'train_student', 'usual_rig', 'save_trained', 'load_trained', 'load_networks', 'train']
+           'train_teacher', 'key_of', 'Answers', 'others_answers', 'ask_teacher', 'answer_cost', 'Taught',
+           'before_head', 'student_update', 'train_student', 'usual_rig', 'save_trained', 'load_trained',
+           'load_networks', 'train']
 
-# %% ../../nbs/pbr/02_train.ipynb #b0ad3fe8
+# %% ../../nbs/pbr/02_train.ipynb #97b4d47e
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.export import fill, load_student, save_student
 from ..core.losses import feature_l2
-from ..core.metrics import compare_latency, psnr, to_uint8
+from ..core.metrics import compare_latency, psnr, ssim, to_uint8
 from ..core.recipe import UserError
 from ..core.run import Run, is_main, stage, write_json
 from ..core.shards import Shards, build_shards
@@ -25,11 +26,12 @@ from ..core.show import montage
 from ..core.teacher import FeatureTaps, Projector, freeze, module_hash
 from ..core.training import Fitted, Strips, Update, fit, load_fitted
 from .brdf import render, split_maps, to_linear, to_srgb, unseen_lights
-from .data import PbrData, Split, data
+from .data import PbrData, Split, data, stamp_of_files
 from .discriminator import PatchGAN, d_loss, g_loss
 from .losses import degrees, map_terms, material_loss
 from .model import NETWORKS, build
 from .recipe import PbrRecipe
+from .source_shards import SourceShards, check_order
 from .students import rebalanced
 
 # %% ../../nbs/pbr/02_train.ipynb #c48c1247
@@ -55,7 +57,7 @@ def mirrored(batch: Mapping[str, Tensor], flip: Tensor | None = None) -> dict[st
     turn_rig, turn_maps = batch["rig"].new_tensor([-1, 1, 1, -1, 1, 1]), batch["maps"].new_tensor([1, 1, 1, 1, 1, -1, 1, 1]).view(8, 1, 1)
     return {k: sign(v, turn_rig) if k == "rig" else across(v) if k == "views" else sign(across(v), turn_maps) if k.startswith("maps") else v for k, v in batch.items()}
 
-# %% ../../nbs/pbr/02_train.ipynb #427d7bbd
+# %% ../../nbs/pbr/02_train.ipynb #297b453d
 @torch.no_grad()
 def predict_maps(model: nn.Module, views: Tensor, rig: Tensor | None, batch: int = 32) -> Tensor:
     """Maps [N, 8, h, w] on the CPU for photographs [N, V, 3, H, W] and rigs [N, V, 6], in eval mode, on the model's device."""
@@ -72,24 +74,27 @@ def lit(maps: Tensor) -> Tensor:
     return to_uint8(torch.cat([render(m, lights, eyes).transpose(1, 2).flatten(2, 3) for m in maps.split(16)]))
 
 
+JUDGED = ("render_psnr", "render_ssim", "normal_error", "normal_error_median", "albedo_psnr", "albedo_ssim", "albedo_mae", "roughness_mae", "metallic_mae")
+
+
 def judge(model: nn.Module, made: PbrData, size: int, map_size: int, n: int = 96) -> dict[str, float]:
-    """{render_psnr, normal_error} on up to n validation samples: PSNR in dB of photographs under the unseen lights, degrees between normals."""
+    """JUDGED on up to n validation samples: PSNR in dB and SSIM of photographs under the unseen lights, degrees between normals, the maps one by one."""
     held = made.fetch(made.rows("val")[:n])
     pred, truth = predict_maps(model, smaller(held["views"], size), held["rig"]), smaller_maps(held["maps"], map_size)
-    return {"render_psnr": psnr(lit(pred), lit(truth)).mean().item(), "normal_error": degrees(pred[:, 5:], truth[:, 5:]).mean().item()}
-
-
-JUDGED = ("render_psnr", "normal_error")
+    (a, b), seen, angle = map(split_maps, (pred, truth)), (lit(pred), lit(truth)), degrees(pred[:, 5:], truth[:, 5:])
+    values = (psnr(*seen).mean(), ssim(*seen).mean(), angle.mean(), angle.flatten().median(), psnr(a.albedo, b.albedo).mean(), ssim(a.albedo, b.albedo).mean(),
+              *((getattr(a, name) - getattr(b, name)).abs().mean() for name in ("albedo", "roughness", "metallic")))
+    return dict(zip(JUDGED, map(float, values)))
 
 
 def map_strip(made: PbrData, name: str, size: int, map_size: int, n: int = 6) -> Callable[[Mapping[str, nn.Module]], Any]:
-    """A painter for `Strips`: photograph, true and predicted albedo and normals of validation samples."""
+    """A painter for `Strips`: photograph, true and predicted maps of validation samples, and four times the error of two."""
     held = made.fetch(made.rows("val")[:n])
     truth = smaller_maps(held["maps"], map_size)
     def paint(modules: Mapping[str, nn.Module]) -> Any:
         pred = predict_maps(modules[name], smaller(held["views"], size), held["rig"])
         return montage({"photograph": held["views"][:, 0], "albedo": truth[:, :3], name: pred[:, :3], "normal": truth[:, 5:] / 2 + 0.5, name + " ": pred[:, 5:] / 2 + 0.5,
-                        "roughness": truth[:, 3:4], name + "  ": pred[:, 3:4]}, size=0.8)
+                        "roughness": truth[:, 3:4], name + "  ": pred[:, 3:4], "4 × error of albedo": (4 * (pred[:, :3] - truth[:, :3]).abs()).clamp(max=1), "and normal": (2 * (pred[:, 5:] - truth[:, 5:]).abs()).clamp(max=1)}, size=0.8)
     return paint
 
 # %% ../../nbs/pbr/02_train.ipynb #e2d278b2
@@ -123,7 +128,7 @@ def train_teacher(run: Run, made: PbrData, stop_at: int | None = None) -> Fitted
     return fit(run, "teacher", modules, teacher_updates(r), Split(made), cfg, evaluate=lambda m: judge(m["teacher"], made, r.data.image_size, r.data.image_size), metrics=JUDGED, best="render_psnr",
                callbacks=[Strips(max(1, cfg.steps // 3), map_strip(made, "teacher", r.data.image_size, r.data.image_size))], stop_at=stop_at)
 
-# %% ../../nbs/pbr/02_train.ipynb #af766aed
+# %% ../../nbs/pbr/02_train.ipynb #253ce43d
 def key_of(name: str) -> int:
     """The number under which a sample and source ("sample_0001/clean") are stored: 60 bits of their SHA-256."""
     return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
@@ -145,10 +150,27 @@ class Answers:
         return torch.cat([maps[:, :5], F.normalize(maps[:, 5:], dim=1)], 1)
 
 
+def others_answers(run: Run, made: PbrData, size: int) -> Answers:
+    """The answers in `shards.input_dir`, checked against the materials and kept like a teacher's own."""
+    part, rows = run.recipe.shards, made.rows("train")
+    theirs, some = SourceShards(part.input_dir, part.order), rows[::max(1, len(rows) // 32)][:32]
+    side = min(theirs.fetch(made.keys[some[0]]).shape[-2:])
+    if side < size: raise UserError(f"{part.input_dir}: its maps have {side} pixels, the student writes {size}; take a smaller student or larger answers")
+    print(f"{part.input_dir}: {check_order(theirs, [made.keys[i] for i in some], made.fetch(some)['maps']):.0%} of {len(some)} answers are nearer to their own material than to another")
+
+    def make(at: range) -> dict[str, Tensor]:
+        keys = [made.keys[rows[i]] for i in at]
+        return {"maps": torch.cat([smaller_maps(theirs.fetch(k)[None], size) for k in keys]), "key": torch.tensor([key_of(k) for k in keys])}
+
+    where = run.cache("answers", "data", "seed", extra={"theirs": stamp_of_files(part.input_dir), "order": list(theirs.names), "size": size})
+    return Answers(build_shards(where, make, len(rows), shard_size=part.size, meta={"from": part.input_dir, "resolution": size}, store={"maps": "fp16", "key": "keep"}, progress=False))
+
+
 def ask_teacher(run: Run, made: PbrData, teacher: nn.Module) -> Answers:
-    """The frozen teacher's maps for all training samples, computed once and cached."""
+    """The frozen teacher's maps for all training samples, computed once and cached; or those of `shards.input_dir`."""
     r, rows = run.recipe, made.rows("train")
     size = r.shards.output_size or r.map_size
+    if r.shards.input_dir: return others_answers(run, made, size)
     says = module_hash(teacher)
     freeze(teacher).to(run.device)
 
