@@ -468,6 +468,25 @@ def test_amp_and_compile_stay_off_on_a_cpu(tmp_path):
 
 
 # ------------------------------------------------------------------ modules
+def test_norms_that_are_held_keep_their_statistics_also_after_a_kill(tmp_path):
+    seen = []
+    def loss(m, b, step):
+        norm = m["net"].layers[1]
+        seen.append((step, norm.training, norm.running_mean.clone()))
+        return net_loss(m, b, step)
+    def go(dir, hold=0.5, **more):
+        recipe = Toy.make(overrides="train.steps=20 train.accumulate=1 train.eval_every=3")
+        torch.manual_seed(0)
+        return fit(Run.open(recipe, dir), "net", Net(), loss, make_data(), recipe.train, hold_norms=hold, **JUDGED, **more)
+    whole = go(tmp_path / "a")
+    steps = [s for s in seen if s[0] >= 0][-20:]
+    assert [s[1] for s in steps] == [True] * 10 + [False] * 10, "and an evaluation in between does not wake them"
+    assert not torch.equal(steps[8][2], steps[9][2]) and all(torch.equal(s[2], steps[10][2]) for s in steps[10:])
+    go(tmp_path / "b", stop_at=13)
+    assert same_weights(whole, go(tmp_path / "b"))
+    assert not same_weights(whole, go(tmp_path / "c", hold=1.0))
+
+
 def test_what_is_frozen_stays(tmp_path):
     class Trunk(nn.Module):
         def __init__(self):

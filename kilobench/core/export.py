@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_CONFIG', 'DTYPES', 'TARGETS', 'StudentHeader', 'save_student', 'read_header', 'load_student',
-           'fill', 'quantise', 'quantised_sizes', 'parity', 'to_onnx', 'to_coreml']
+           'fill', 'fold_norms', 'quantise', 'quantised_sizes', 'parity', 'to_onnx', 'to_coreml']
 
-# %% ../../nbs/core/11_export.ipynb #c74ec3c5
+# %% ../../nbs/core/11_export.ipynb #13a076b4
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
 from .metrics import in_turn
@@ -134,6 +136,15 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], where: str | Path = "st
     if surplus: raise UserError(f"{where}: tensor {surplus[0]!r} has no place in {type(module).__name__} ({len(surplus)} surplus)")
     module.load_state_dict(state)
     return module
+
+# %% ../../nbs/core/11_export.ipynb #73e16b66
+def fold_norms(module: nn.Module) -> nn.Module:
+    """A copy in eval mode that is the same function: in every `Sequential` a batch norm right after a convolution is folded into it."""
+    out = copy.deepcopy(module).eval()
+    for chain in [m for m in out.modules() if isinstance(m, nn.Sequential)]:
+        for k, (a, b) in enumerate(zip(chain, list(chain)[1:])):
+            if isinstance(a, nn.Conv2d) and isinstance(b, nn.BatchNorm2d): chain[k], chain[k + 1] = fuse_conv_bn_eval(a, b), nn.Identity()
+    return out
 
 # %% ../../nbs/core/11_export.ipynb #9f3c2e43
 def quantise(state: Mapping[str, Tensor], bits: int) -> tuple[dict[str, Tensor], int]:

@@ -10,7 +10,7 @@ __all__ = ['DECISIVE', 'WORD', 'mix', 'StepSampler', 'fetch', 'TensorData', 'spl
            'TensorBoard', 'WeightsAndBiases', 'in_notebook', 'Progress', 'LivePlot', 'Strips', 'stopped_by_signals',
            'make_accelerator', 'fit', 'Fitted', 'seconds_trained', 'load_fitted']
 
-# %% ../../nbs/core/05_training.ipynb #9f280203
+# %% ../../nbs/core/05_training.ipynb #129f2362
 import csv, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +30,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR,
                                       StepLR)
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
@@ -259,7 +260,7 @@ class Meter:
         out, self.sums = {k: s / n for k, (s, n) in self.sums.items()}, {}
         return out
 
-# %% ../../nbs/core/05_training.ipynb #0b8ae62a
+# %% ../../nbs/core/05_training.ipynb #995544a8
 @dataclass
 class FitState:
     """A training under way, as callbacks see it; `step` is the number of completed steps."""
@@ -278,6 +279,8 @@ class FitState:
     all_params: list[nn.Parameter] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)           # names of the modules that some update moves
     frozen: list[nn.Module] = field(default_factory=list)      # sub-modules that stay in eval mode
+    norms: list[nn.Module] = field(default_factory=list)       # batch norms that go to eval mode at step `held_from`
+    held_from: int = 0
     ema: dict[str, AveragedModel] = field(default_factory=dict)
     step: int = 0
     saved: int = -1                                            # step of the last checkpoint
@@ -412,12 +415,12 @@ def one_update(state: FitState, update: Update, batch: Any) -> None:
     optimizer.step()
     if update.count(step + 1) < update.count(state.cfg.steps): state.schedules[update.name][0].step()
 
-# %% ../../nbs/core/05_training.ipynb #85a56820
+# %% ../../nbs/core/05_training.ipynb #9fc1de0b
 def train_mode(state: FitState) -> None:
-    """Trained modules to training mode, everything frozen to eval mode."""
+    """Trained modules to training mode, everything frozen to eval mode, and batch norms whose time has come."""
     for m in state.modules.values(): m.eval()
     for n in state.trained: state.modules[n].train()
-    for m in state.frozen: m.eval()
+    for m in [*state.frozen, *(state.norms if state.step >= state.held_from else ())]: m.eval()
 
 
 @contextmanager
@@ -840,7 +843,7 @@ def _stop_asked(state: FitState) -> bool:
         state.stopping = next((s for s in gather_object([state.stopping]) if s), "")
     return bool(state.stopping)
 
-# %% ../../nbs/core/05_training.ipynb #63581d58
+# %% ../../nbs/core/05_training.ipynb #ef29aea3
 def _train(state: FitState, data: Any, evaluate: Callable | None) -> None:
     cfg, rank, world = state.cfg, state.rank, state.world
     feed = batches(data, cfg, mix(state.run.recipe.seed, state.name), state.step, state.stop, rank, world, state.device)
@@ -851,6 +854,7 @@ def _train(state: FitState, data: Any, evaluate: Callable | None) -> None:
             if update.due(state.step): one_update(state, update, batch)
         if world > 1: _share_buffers(state)
         state.step += 1
+        if state.norms and state.step == state.held_from: train_mode(state)
         state.call("on_step")
         evaluated = evaluate is not None and (state.step % cfg.eval_every == 0 or state.step == cfg.steps)
         if evaluated: _evaluate(state, evaluate)
@@ -943,9 +947,9 @@ def make_accelerator(device: torch.device, amp: str = "off") -> Accelerator:
     return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if amp == "auto" and device.type == "cuda" else "no",
                        step_scheduler_with_optimizer=False, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))])
 
-# %% ../../nbs/core/05_training.ipynb #e57f910b
+# %% ../../nbs/core/05_training.ipynb #0d9f1e34
 def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Update], cfg: TrainPart, metrics: Sequence[str], best: str,
-            stop_at: int | None) -> FitState:
+            stop_at: int | None, hold_norms: float) -> FitState:
     if run.recipe.threads: torch.set_num_threads(run.recipe.threads)
     accelerator = make_accelerator(run.device, cfg.amp)
     if accelerator.device.type == "cpu": keep_memory()
@@ -962,6 +966,7 @@ def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Up
         for n in state.trained:
             for t in modules[n].state_dict().values(): broadcast(t)
     state.frozen = [s for m in modules.values() for s in m.modules() if any(True for _ in s.parameters()) and not trainable(s)]
+    if hold_norms < 1: state.norms, state.held_from = [s for n in state.trained for s in modules[n].modules() if isinstance(s, _BatchNorm)], round(hold_norms * cfg.steps)
     state.params = {u.name: [p for m in u.modules for p in trainable(modules[m])] for u in updates}
     state.all_params = [p for n in state.trained for p in trainable(modules[n])]
     for u in updates:
@@ -974,19 +979,19 @@ def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Up
         for n in state.trained: modules[n].compile()     # in place: names in the state dict stay
     return state
 
-# %% ../../nbs/core/05_training.ipynb #2488c788
+# %% ../../nbs/core/05_training.ipynb #337c2997
 def fit(run: Run, name: str, modules: nn.Module | dict[str, nn.Module], loss: Callable | Sequence[Update], data: Any, cfg: TrainPart, *,
         evaluate: Callable[[dict[str, nn.Module]], Mapping[str, float]] | None = None, metrics: Sequence[str] = (), best: str = "",
-        callbacks: Sequence[Callback] = (), stop_at: int | None = None) -> "Fitted":
+        callbacks: Sequence[Callback] = (), stop_at: int | None = None, hold_norms: float = 1.0) -> "Fitted":
     """Train `modules` by `loss` on `data` for cfg.steps steps, resuming from checkpoints/<name>/last of the run if there is one.
 
     A single module is named `name`; `loss` always gets the dict. `data`: a data set (batches by StepSampler) or a function of the step.
     `evaluate` judges the averaged weights where train.ema > 0; `best`: a metric to maximise ("psnr") or minimise ("-loss").
-    `stop_at` ends this call early, at that step. Returns the modules in place, with the averaged weights loaded, in eval mode."""
+    `stop_at` ends this call early, at that step. `hold_norms`: the share of the steps after which batch norms keep their statistics; 1: never. Returns the modules in place, with the averaged weights loaded, in eval mode."""
     modules = dict(modules) if isinstance(modules, Mapping) and not isinstance(modules, nn.Module) else {name: modules}
     updates = [Update(name, [n for n, m in modules.items() if trainable(m)], loss)] if callable(loss) else list(loss)
     _check(name, modules, updates, cfg, evaluate, metrics, best)
-    state = _set_up(run, name, modules, updates, cfg, metrics, best, stop_at)
+    state = _set_up(run, name, modules, updates, cfg, metrics, best, stop_at, hold_norms)
     own = [EMA(), Checkpoint(), CSVLog(), TensorBoard(), WeightsAndBiases(), Progress(), LivePlot()]
     own = [c for c in own if not any(type(c) is type(mine) for mine in callbacks)]
     with seeded(mix(run.recipe.seed, name, state.rank)), _plain_errors(state):

@@ -55,7 +55,7 @@ def enlarged(maps: Any, size: int) -> Any:
     out = torch.stack([torch.from_numpy(np.array(Image.fromarray(c.numpy(), mode="F").resize((size, size), Image.Resampling.LANCZOS))) for c in maps.float()])
     return torch.cat([out[:5].clamp(0, 1), F.normalize(out[5:], dim=0)])
 
-# %% ../../nbs/pbr/05_commands.ipynb #210787b2
+# %% ../../nbs/pbr/05_commands.ipynb #0144fe4c
 def predict(input: Annotated[Path | None, typer.Option(help="Folder with the photographs of one material, in alphabetical order.")] = None,
             sample_idx: Annotated[int, typer.Option(help="Or a test sample of the run, by number.")] = 0,
             out: Annotated[Path, typer.Option("--out", "--out-dir", help="Folder to write the maps into.")] = Path("material"),
@@ -66,6 +66,7 @@ def predict(input: Annotated[Path | None, typer.Option(help="Folder with the pho
     """Read a material off photographs: four maps, an ORM texture and a glTF material."""
     import torch
     from kilobench.core.show import to_pil
+    from kilobench.core.export import fold_norms
     from kilobench.pbr.textures import write_gltf, write_material
     from kilobench.pbr.train import load_trained, predict_maps
     file = find_student("pbr", STUDENTS, run, student)
@@ -73,7 +74,7 @@ def predict(input: Annotated[Path | None, typer.Option(help="Folder with the pho
     if input is None: photos, setup = sample_of(sample_idx, run, student)
     else: photos, setup = photos_in(input, config["views"], config["image_size"]), torch.tensor(config["rig"])
     if not known_rig: setup = torch.zeros_like(setup)
-    maps = enlarged(predict_maps(net, photos[None], setup[None])[0], size or config["map_size"])
+    maps = enlarged(predict_maps(fold_norms(net), photos[None], setup[None])[0], size or config["map_size"])
     write_material(out, maps)
     write_gltf(out / "gltf", maps)
     for k, p in enumerate(photos):

@@ -6,12 +6,12 @@
 __all__ = ['PARTS', 'metal_iou', 'score_maps', 'guesses', 'mean_material', 'asked', 'answer_all', 'role_of', 'costs', 'exported',
            'state_criteria', 'stamp_of', 'sheet', 'map_sheet', 'evaluate', 'score_order']
 
-# %% ../../nbs/pbr/03_evaluate.ipynb #8f6f3885
+# %% ../../nbs/pbr/03_evaluate.ipynb #7a11d249
 from collections.abc import Mapping
 from typing import Any
 import torch
 from torch import Tensor, nn
-from ..core.export import fill, load_student, quantise, to_onnx
+from ..core.export import fill, fold_norms, load_student, quantise, to_onnx
 from ..core.metrics import LPIPS, Stamp, compare_latency, cost, psnr, shift, ssim, summarize, to_uint8
 from ..core.run import Run, read_json, stage
 from ..core.scorecard import Scorecard, rebuild
@@ -95,13 +95,14 @@ def role_of(name: str) -> str:
     """What a row is."""
     return {"teacher": "teacher", "student": "student", "alone": "baseline", "mean colour, flat": "baseline", "photograph as albedo": "baseline"}.get(name, "control")
 
-# %% ../../nbs/pbr/03_evaluate.ipynb #7fd3dbcd
+# %% ../../nbs/pbr/03_evaluate.ipynb #7b9894f1
 def costs(networks: Mapping[str, nn.Module], recipe: PbrRecipe, repeats: int = 10) -> dict[str, dict[str, Any]]:
-    """Row → parameters, FLOPs, size on disk, latency at batch 1 and 8, threads, device."""
+    """Row → parameters, FLOPs, size on disk, latency at batch 1 and 8 with the norms folded, threads, device."""
     views, rigs = torch.rand(8, recipe.data.num_views, 3, recipe.student_size, recipe.student_size), torch.cat(rig(recipe.data.num_views), 1).expand(8, -1, 6)
     rows = {name: cost(net.eval(), (views[:1], rigs[:1]), batches=(1,), repeats=2, warmup=1) for name, net in networks.items()}
+    used = {name: fold_norms(net) for name, net in networks.items()}
     for n in (1, 8):
-        with torch.no_grad(): times = compare_latency({name: (lambda net=net, n=n: net(views[:n], rigs[:n])) for name, net in networks.items()}, repeats=repeats)
+        with torch.no_grad(): times = compare_latency({name: (lambda net=net, n=n: net(views[:n], rigs[:n])) for name, net in used.items()}, repeats=repeats)
         for name, t in times.items(): rows[name] |= {f"latency_ms_b{n}": t["median_ms"], "threads": t["threads"], "device": t["device"]}
     return rows
 

@@ -6,7 +6,7 @@
 __all__ = ['FINEST', 'NETWORKS', 'Mixed', 'UNetEncoder', 'ResNetEncoder', 'resnet', 'Fusion', 'Up', 'MaterialNet',
            'build_teacher', 'build', 'model']
 
-# %% ../../nbs/pbr/01_model.ipynb #08529478
+# %% ../../nbs/pbr/01_model.ipynb #c3d1c755
 from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,26 @@ from ..core.recipe import seeded
 from ..core.training import mix
 from ..core.scorecard import Scorecard
 from .recipe import ModelPart, PbrRecipe
-from .students import build_student
-from .views import CrossViewTransformer, Exchange, conv, imagenet, per_view, pooled, six_channels, to_maps, weights_file, with_light
+from .students import Head, build_student
+from .views import CrossViewTransformer, Exchange, conv, imagenet, per_view, pooled, six_channels, weights_file, with_light
 
-# %% ../../nbs/pbr/01_model.ipynb #c3bcf578
+# %% ../../nbs/pbr/01_model.ipynb #2325e0dc
 class Mixed(nn.Module):
     """A stage on every view, then the exchange between them: [B, V, C, h, w] → [B, V, C', h', w']."""
-    def __init__(self, stage: nn.Module, channels: int):
+    def __init__(self, stage: nn.Module, channels: int, as_it_was: bool = False):
         super().__init__()
         self.stage, self.exchange = stage, Exchange(channels)
-        nn.init.zeros_(self.exchange.project.weight)
-        nn.init.zeros_(self.exchange.project.bias)
+        if as_it_was: nn.init.zeros_(self.exchange.project.weight); nn.init.zeros_(self.exchange.project.bias)
 
     def forward(self, x: Tensor) -> Tensor: return self.exchange(per_view(self.stage, x))
 
 
 class UNetEncoder(nn.Module):
-    """Two convolutions a stage, half the side from one to the next; [B, V, 6, H, W] → a list of features."""
-    def __init__(self, channels: Sequence[int]):
+    """Two convolutions a stage, half the side from one to the next; [B, V, inputs, H, W] → a list of features."""
+    def __init__(self, channels: Sequence[int], inputs: int = 6):
         super().__init__()
         self.channels = tuple(channels)
-        ins = (6, *self.channels)
+        ins = (inputs, *self.channels)
         self.stages = nn.ModuleList(Mixed(nn.Sequential(conv(a, b, stride=1 if k == 0 else 2), conv(b, b)), b) for k, (a, b) in enumerate(zip(ins, self.channels)))
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -47,7 +46,7 @@ class UNetEncoder(nn.Module):
         for one in self.stages: out.append(x := one(x))
         return out
 
-# %% ../../nbs/pbr/01_model.ipynb #8f98f3e4
+# %% ../../nbs/pbr/01_model.ipynb #6864ccc6
 class ResNetEncoder(nn.Module):
     """A timm ResNet by name, its stem at stride 1, 2 or 4; [B, V, 6, H, W] → a list of features, finest first."""
     def __init__(self, part: ModelPart):
@@ -59,8 +58,8 @@ class ResNetEncoder(nn.Module):
         first = [stem, net.maxpool, net.layer1] if s == 4 else [stem, net.layer1]
         stages = [(stem, widths[0]), (nn.Sequential(net.maxpool, net.layer1), widths[1])] if s == 4 else [(nn.Sequential(*first), widths[1])]
         stages += [(layer, w) for layer, w in zip((net.layer2, net.layer3, net.layer4), widths[2:])]
-        self.detail = Mixed(nn.Sequential(conv(6, 32), conv(32, 32)), 32) if s > 1 else None
-        self.stages = nn.ModuleList(Mixed(one, w) for one, w in stages)
+        self.detail = Mixed(nn.Sequential(conv(6, 32), conv(32, 32)), 32, True) if s > 1 else None
+        self.stages = nn.ModuleList(Mixed(one, w, True) for one, w in stages)
         self.channels = ((32,) if s > 1 else ()) + tuple(w for _, w in stages)
         for m in (m for one, _ in stages for m in one.modules()):
             if part.freeze_backbone or (part.freeze_bn and isinstance(m, nn.BatchNorm2d)):
@@ -108,28 +107,30 @@ class Up(nn.Module):
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.smooth(self.join(torch.cat([F.interpolate(x, (int(skip.shape[-2]), int(skip.shape[-1])), mode="nearest"), skip], 1)))
 
-# %% ../../nbs/pbr/01_model.ipynb #999df2fa
+# %% ../../nbs/pbr/01_model.ipynb #21de8aa2
 class MaterialNet(nn.Module):
-    """The teacher: photographs [B, V, 3, H, W] in [0, 1] and rig [B, V, 6] (zeros: unknown) → maps [B, 8, H, W]; H and W multiples of the coarsest stride."""
+    """The teacher: photographs [B, V, 3, H, W] in [0, 1] and rig [B, V, 6] (zeros: unknown) → maps [B, 8, H, W]; H and W multiples of the coarsest stride, times the grid."""
     def __init__(self, part: ModelPart):
         super().__init__()
-        self.encoder = UNetEncoder(part.encoder_channels) if part.encoder_type == "unet" else ResNetEncoder(part)
+        grid = part.encoder_grid if part.encoder_type == "unet" else 1
+        self.squares = nn.PixelUnshuffle(grid)
+        self.encoder = UNetEncoder(part.encoder_channels, 6 * grid**2) if part.encoder_type == "unet" else ResNetEncoder(part)
         *skips, last = self.encoder.channels
         self.fusion = Fusion(last, part) if part.transformer_depth else nn.Identity()
         self.bottom = conv(2 * last, last, 1)
         ins = [last, *skips[::-1]]
         self.up = nn.ModuleList(Up(a, b) for a, b in zip(ins, skips[::-1]))
         self.head_channels = self.encoder.channels[0]
-        self.head = nn.Conv2d(self.head_channels, 8, 3, padding=1)
+        self.head = Head(self.head_channels, grid=grid)
 
     def features(self, views: Tensor, rig: Tensor | None = None) -> Tensor:
-        """What the head reads: [B, C, H, W]."""
-        *skips, last = self.encoder(with_light(imagenet(views), rig))
+        """What the head reads: [B, C, H / grid, W / grid]."""
+        *skips, last = self.encoder(per_view(self.squares, with_light(imagenet(views), rig)))
         x = self.bottom(pooled(self.fusion(last)))
         for up, skip in zip(self.up, reversed(skips)): x = up(x, pooled(skip))
         return x
 
-    def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor: return to_maps(self.head(self.features(views, rig)))
+    def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor: return self.head(self.features(views, rig))
 
 
 def build_teacher(part: ModelPart, seed: int = 0) -> MaterialNet:

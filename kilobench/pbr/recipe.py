@@ -30,13 +30,14 @@ class DataPart(Part):
         if bool(self.input_dir) != bool(self.output_dir): raise ValueError("input_dir and output_dir go together; give both or neither")
         return self
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #c270dfac
+# %% ../../nbs/pbr/00d_recipe.ipynb #babef61a
 class ModelPart(Part):
     """The teacher: a shared encoder, cross-view fusion, a decoder, and the discriminator it is trained against."""
     encoder_type: Literal["unet", "resnet"] = Field("unet", description="unet: by encoder_channels; resnet: a timm ResNet")
     encoder_backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = Field("resnet50", description="which, for resnet")
     encoder_stride: Literal[1, 2, 4] = Field(1, description="stride of the ResNet's stem: 1 keeps every pixel, 4 is the usual")
     encoder_channels: tuple[int, ...] = Field((64, 128, 256, 512), min_length=2, max_length=6, description="U-Net channels from the full resolution down, each half the last")
+    encoder_grid: Literal[1, 2, 4] = Field(1, description="side of the squares of pixels that the U-Net takes for one place")
     pretrained: bool = Field(True, description="ImageNet weights where timm has them cached")
     freeze_backbone: bool = Field(False, description="keep the ResNet as it came")
     freeze_bn: bool = Field(False, description="keep the statistics of its batch norms")
@@ -53,13 +54,13 @@ class ModelPart(Part):
         if self.transformer_dim % self.transformer_num_heads: raise ValueError(f"transformer_dim {self.transformer_dim} is no multiple of transformer_num_heads {self.transformer_num_heads}")
         return self
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #bf51264b
+# %% ../../nbs/pbr/00d_recipe.ipynb #c38fbb25
 BACKBONES = Literal["mobilenetv3_large_100", "mobilenetv3_large_075", "mobilenetv3_small_100", "mobilenetv3_small_075", "mobilenetv3_small_050"]
 
 
 class StudentPart(Part):
     """A student: what reads the views, what stands in the middle, how it leads back to pixels."""
-    kind: Literal["pixel", "mobile"] = Field("pixel", description="pixel: a few layers at full resolution; mobile: MobileNetV3 and a decoder")
+    kind: Literal["pixel", "mobile"] = Field("pixel", description="pixel: a few layers near full resolution; mobile: MobileNetV3 and a decoder")
     image_size: int = Field(0, ge=0, le=4096, multiple_of=32, description="side of the photographs it is meant for, pixels; 0: whatever the data has")
     scale: Literal[1, 2] = Field(1, description="side of the maps over that of the photographs; 2 has a trained super-resolution head")
     bottleneck: Literal["vit", "plk-seed", "plk-esc", "none"] = Field("plk-esc", description="in the middle: attention over all tokens, large depthwise kernels, ESC's ConvAttn, or nothing")
@@ -69,7 +70,8 @@ class StudentPart(Part):
     kernel: int = Field(13, ge=3, le=51, description="side of its large kernels, odd; 17 is the seed's, 13 ESC's")
     passing: int = Field(16, ge=2, multiple_of=2, description="its channels that pass ESC's shared kernel, at most all")
     ratio: float = Field(2.0, ge=1, le=8, description="hidden over outer channels of its feed-forward parts")
-    channels: tuple[int, int, int] = Field((16, 32, 48), description="pixel: channels at 1, 1/2 and 1/4 of the side")
+    channels: tuple[int, int, int] = Field((16, 32, 48), description="pixel: channels at 1, 1/2 and 1/4 of the grid's side")
+    grid: Literal[1, 2] = Field(1, description="pixel: side of the squares of pixels that its finest layers take for one place")
     backbone: BACKBONES = Field("mobilenetv3_large_100", description="mobile: timm's name, with the width in percent at its end")
     pretrained: bool = Field(True, description="mobile: begin with ImageNet's weights where they are cached")
     decoder: int = Field(128, ge=8, multiple_of=8, description="mobile: channels of its decoder at 1/16 of the side, half as many at 1/8, and so on")
@@ -80,7 +82,7 @@ class StudentPart(Part):
         if self.bottleneck == "vit" and self.dim % self.heads: raise ValueError(f"heads: dim {self.dim} is no multiple of {self.heads} heads")
         return self
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #c7b996ad
+# %% ../../nbs/pbr/00d_recipe.ipynb #bd76a436
 _VIT = {"kind": "mobile", "bottleneck": "vit", "dim": 256, "depth": 2, "heads": 8}
 _PLK = {"kind": "mobile", "dim": 256, "depth": 3, "image_size": 1024}
 STUDENTS: dict[str, dict[str, Any]] = {
@@ -88,7 +90,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "convattn_student": {**_PLK, "bottleneck": "plk-seed", "kernel": 17},
     "convattn_esc": {**_PLK, "bottleneck": "plk-esc", "kernel": 13},
     "mobilenetv3_2048": {**_VIT, "image_size": 2048},
-    "pixel": {"bottleneck": "plk-seed", "kernel": 9, "depth": 3},
+    "pixel": {"grid": 2, "channels": (32, 32, 48), "dim": 48, "bottleneck": "plk-seed", "kernel": 9, "depth": 1},
     "pixel_esc": {"bottleneck": "plk-esc", "kernel": 13, "depth": 2},
 }
 
@@ -135,14 +137,14 @@ SOURCE = {**_student("mobilenetv3_2048"), "data.image_size": 2048, "data.n": 100
 FULL = {**SOURCE, **GAN, "data.image_size": 1024, **_student("mobilenetv3_512"), "model.encoder_backbone": "resnet50", "model.encoder_stride": 2, "model.transformer_dim": 1024, "model.transformer_num_heads": 16, "model.discriminator_n_layers": 6,
         **each(TRAININGS, batch=4, steps=20_000, eval_every=2000, save_every=1000)}
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #96c34800
+# %% ../../nbs/pbr/00d_recipe.ipynb #7a576d2a
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 60, "data.image_size": 32, "data.val_ratio": 0.2, "edits": 3, "model.encoder_channels": [8, 16, 16], "model.transformer_dim": 16, "model.transformer_num_heads": 2, "model.transformer_depth": 1,
               "model.use_gan": True, "model.discriminator_n_layers": 1, "model.discriminator_ndf": 8, "student.channels": [4, 4, 8], "student.dim": 16, "student.depth": 1, "student.kernel": 5, "student.passing": 4,
               "shards.size": 16, **each(TRAININGS, steps=8, batch=4, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
-    "cpu": {"data.n": 3000, "edits": 24, "model.encoder_channels": [16, 32, 96, 288], "model.transformer_dim": 256, "model.transformer_num_heads": 8, "model.transformer_depth": 2, "model.transformer_mlp_ratio": 2.0,
-            **each(TRAININGS, optimiser="muon", lr=1e-2, batch=8, weight_decay=1e-3, ema=0.99, log_every=20, eval_every=250, save_every=250),
-            "train.steps": 1000, **each(("distil", "baseline"), steps=1200, lr=1.5e-2, weight_decay=0.1)},
+    "cpu": {"data.n": 3000, "edits": 24, **_student("pixel"), "model.encoder_channels": [40, 56, 96, 192], "model.transformer_dim": 192, "model.transformer_num_heads": 6, "model.transformer_depth": 3, "model.transformer_mlp_ratio": 2.0,
+            **each(TRAININGS, optimiser="muon", lr=1e-2, batch=4, weight_decay=1e-3, ema=0.99, log_every=20, eval_every=500, save_every=250),
+            "train.steps": 1400, **each(("distil", "baseline"), steps=2000, lr=1.2e-2, weight_decay=0.1)},
     "full": FULL,
     "default": {**SOURCE, **GAN, "model.encoder_backbone": "resnet50"},
     "quick_test": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", "model.transformer_depth": 2, **each(TRAININGS, steps=9000)},
@@ -156,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mobilenetv3_2048": {**FULL, "data.image_size": 2048, "student.scale": 1, **_student("mobilenetv3_2048")},
 }
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #e54ef5ea
+# %% ../../nbs/pbr/00d_recipe.ipynb #dce3dd5c
 WORDS = {"config": "--preset", "input-dir": "data.input_dir", "output-dir": "data.output_dir", "render-curriculum": "data.render_curriculum", "use-dirty": "data.render_curriculum=2",
          "batch-size": "train.batch", "shard-output-size": "shards.output_size", "shard-size": "shards.size", "checkpoint-dir": "--name",
          "resume": "!a training goes on by itself; give the command that started it again", "shards-dir": "shards.input_dir"}
@@ -175,6 +177,7 @@ class PbrRecipe(Recipe):
     train: TrainPart = TrainPart()
     distil: TrainPart = TrainPart()
     baseline: TrainPart = TrainPart()
+    hold_norms: float = Field(0.25, ge=0, le=1, description="share of the steps after which batch norms keep their statistics; 1: never")
     edits: int = Field(40, ge=2, description="test materials that are edited")
 
     @model_validator(mode="after")

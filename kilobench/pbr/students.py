@@ -124,7 +124,7 @@ def student_part(name: str, **changes: Any) -> StudentPart:
     if name not in STUDENTS: raise UserError(f"student: {nearest(name, STUDENTS)}")
     return StudentPart(**{**STUDENTS[name], **changes})
 
-# %% ../../nbs/pbr/01a_students.ipynb #c3b4ee18
+# %% ../../nbs/pbr/01a_students.ipynb #46439738
 class Up(nn.Module):
     """(coarse [B, a, h, w], skip [B, s, 2h, 2w]) → [B, b, 2h, 2w]: 1 × 1 first, where it is cheap, then resize, then 3 × 3."""
     def __init__(self, a: int, s: int, b: int):
@@ -136,12 +136,13 @@ class Up(nn.Module):
 
 
 class Head(nn.Module):
-    """Features [B, C, H, W] → maps [B, 8, scale · H, scale · W]; a scale of 2 has layers of its own, sub-pixel, started as an enlargement."""
-    def __init__(self, channels: int, scale: int = 1):
+    """Features [B, C, h, w] → maps [B, 8, s · h, s · w], s = scale · grid, sub-pixel, started as an enlargement; a scale of 2 has layers of its own."""
+    def __init__(self, channels: int, scale: int = 1, grid: int = 1):
         super().__init__()
-        fine = nn.Conv2d(2 * channels if scale > 1 else channels, 8 * scale**2, 3, padding=1)
-        with torch.no_grad(): fine.weight.copy_(fine.weight[::scale**2].repeat_interleave(scale**2, 0)); fine.bias.zero_()
-        self.layers = nn.Sequential(conv(channels, 2 * channels), fine, nn.PixelShuffle(scale)) if scale > 1 else fine
+        side = scale * grid
+        fine = nn.Conv2d(2 * channels if scale > 1 else channels, 8 * side**2, 3, padding=1)
+        with torch.no_grad(): fine.weight.copy_(fine.weight[::side**2].repeat_interleave(side**2, 0)); fine.bias.zero_()
+        self.layers = nn.Sequential(*([conv(channels, 2 * channels)] if scale > 1 else []), fine, nn.PixelShuffle(side)) if side > 1 else fine
 
     def forward(self, x: Tensor) -> Tensor: return to_maps(self.layers(x))
 
@@ -180,22 +181,23 @@ class MobileStudent(nn.Module):
         for up in self.up: x = up(x, skips.pop())
         return self.head(x)
 
-# %% ../../nbs/pbr/01a_students.ipynb #d0407764
+# %% ../../nbs/pbr/01a_students.ipynb #4031d622
 class PixelStudent(nn.Module):
-    """Views [B, V, 3, H, W] in [0, 1] and rig [B, V, 6] or None → maps [B, 8, scale · H, scale · W]; H and W multiples of 4."""
+    """Views [B, V, 3, H, W] in [0, 1] and rig [B, V, 6] or None → maps [B, 8, scale · H, scale · W]; H and W multiples of 4 · grid."""
     def __init__(self, part: StudentPart):
         super().__init__()
         full, half, coarse = part.channels
         self.head_channels = full
-        self.part, self.stem, self.down, self.again = part, conv(6, full), conv(full, half, stride=2), conv(half, half)
+        self.squares = nn.PixelUnshuffle(part.grid)
+        self.part, self.stem, self.down, self.again = part, conv(6 * part.grid**2, full), conv(full, half, stride=2), conv(half, half)
         self.exchange = nn.ModuleList(Exchange(c) for c in (full, half, half))
         self.fuse, self.quarter = nn.ModuleList(conv(2 * c, c, 1) for c in (full, half)), nn.Sequential(conv(half, coarse, stride=2), conv(coarse, part.dim, 1))
         self.trunk = Trunk(part.bottleneck, part.dim, part.depth, part.kernel, part.passing, part.heads, part.ratio)
-        self.up, self.head = nn.ModuleList([Up(part.dim, half, half), Up(half, full, full)]), Head(full, part.scale)
+        self.up, self.head = nn.ModuleList([Up(part.dim, half, half), Up(half, full, full)]), Head(full, part.scale, part.grid)
 
     def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor:
         """See the class."""
-        fine = self.exchange[0](per_view(self.stem, with_light(imagenet(views), rig)))
+        fine = self.exchange[0](per_view(self.stem, per_view(self.squares, with_light(imagenet(views), rig))))
         mid = self.exchange[1](per_view(self.down, fine))
         mid = mid + self.exchange[2](per_view(self.again, mid))
         fine, mid = (fuse(pooled(x)) for fuse, x in zip(self.fuse, (fine, mid)))

@@ -97,7 +97,7 @@ def map_strip(made: PbrData, name: str, size: int, map_size: int, n: int = 6) ->
                         "roughness": truth[:, 3:4], name + "  ": pred[:, 3:4], "4 × error of albedo": (4 * (pred[:, :3] - truth[:, :3]).abs()).clamp(max=1), "and normal": (2 * (pred[:, 5:] - truth[:, 5:]).abs()).clamp(max=1)}, size=0.8)
     return paint
 
-# %% ../../nbs/pbr/02_train.ipynb #e2d278b2
+# %% ../../nbs/pbr/02_train.ipynb #b99d79bc
 def teacher_updates(recipe: PbrRecipe) -> list[Update]:
     """What `fit` lowers for the teacher, and for its discriminator where there is one."""
     part, start = recipe.loss, int(recipe.loss.gan_start * recipe.train.steps)
@@ -126,7 +126,7 @@ def train_teacher(run: Run, made: PbrData, stop_at: int | None = None) -> Fitted
     modules: dict[str, nn.Module] = {"teacher": build("teacher", r)}
     if r.model.use_gan: modules["discriminator"] = PatchGAN(r.model.discriminator_n_layers, r.model.discriminator_ndf)
     return fit(run, "teacher", modules, teacher_updates(r), Split(made), cfg, evaluate=lambda m: judge(m["teacher"], made, r.data.image_size, r.data.image_size), metrics=JUDGED, best="render_psnr",
-               callbacks=[Strips(max(1, cfg.steps // 3), map_strip(made, "teacher", r.data.image_size, r.data.image_size))], stop_at=stop_at)
+               callbacks=[Strips(max(1, cfg.steps // 3), map_strip(made, "teacher", r.data.image_size, r.data.image_size))], stop_at=stop_at, hold_norms=r.hold_norms)
 
 # %% ../../nbs/pbr/02_train.ipynb #253ce43d
 def key_of(name: str) -> int:
@@ -190,7 +190,7 @@ def answer_cost(made: PbrData, answers: Answers, teacher: nn.Module, batch: int,
     times = compare_latency({"stored": lambda: answers.fetch(names), "asked": lambda: predict_maps(teacher, asked["views"], asked["rig"])}, repeats=repeats, warmup=1)
     return {"stored_ms": times["stored"]["median_ms"], "asked_ms": times["asked"]["median_ms"], "share": times["stored"]["median_ms"] / times["asked"]["median_ms"]}
 
-# %% ../../nbs/pbr/02_train.ipynb #12fd020b
+# %% ../../nbs/pbr/02_train.ipynb #3536dad0
 class Taught(Split):
     """Training samples with the teacher's maps beside the true ones: maps_teacher [B, 8, S, S]."""
     def __init__(self, made: PbrData, answers: Answers):
@@ -238,7 +238,7 @@ def train_student(run: Run, name: str, made: PbrData, answers: Answers | None = 
         modules["projector"] = Projector(net.head_channels, teacher.head_channels, kind="conv")
         update = student_update(name, r, freeze(teacher).to(run.device))
     return fit(run, name, modules, [update], Taught(made, answers) if answers is not None else Split(made), cfg, evaluate=lambda m: judge(m[name], made, r.student_size, r.map_size), metrics=JUDGED, best="render_psnr",
-               callbacks=[Strips(max(1, cfg.steps // 3), map_strip(made, name, r.student_size, r.map_size))], stop_at=stop_at)
+               callbacks=[Strips(max(1, cfg.steps // 3), map_strip(made, name, r.student_size, r.map_size))], stop_at=stop_at, hold_norms=r.hold_norms)
 
 # %% ../../nbs/pbr/02_train.ipynb #17c55d56
 def usual_rig(made: PbrData) -> list[list[float]]:

@@ -42,10 +42,10 @@ def to_maps(raw: Tensor) -> Tensor:
     length = normal.square().sum(1, keepdim=True).sqrt()
     return torch.cat([raw[:, :5].sigmoid(), normal / length], 1)
 
-# %% ../../nbs/pbr/00f_views.ipynb #3282aa58
+# %% ../../nbs/pbr/00f_views.ipynb #0af0606b
 def conv(a: int, b: int, size: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution, batch norm, ReLU; a → b channels."""
-    return nn.Sequential(nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(a, b, size, stride, size // 2, bias=False), nn.BatchNorm2d(b, momentum=0.05), nn.ReLU())
 
 
 def per_view(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
