@@ -33,6 +33,19 @@ def net():
     return Net().eval()
 
 
+# ---- norms
+
+def test_folded_norms_are_the_same_function_and_the_original_stays():
+    inner = nn.Sequential(nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.BatchNorm2d(8), inner, nn.Dropout(0.5))
+    for _ in range(5): net(torch.randn(4, 3, 9, 9) * 3 + 1)
+    x, folded = torch.randn(2, 3, 9, 9), X.fold_norms(net)
+    assert net.training and not folded.training
+    with torch.no_grad(): assert torch.allclose(folded(x), net.eval()(x), atol=1e-5)
+    count = lambda m: sum(isinstance(s, nn.BatchNorm2d) for s in m.modules())
+    assert count(net) == 3 and count(folded) == 1, "one stands after no convolution"
+
+
 # ---- student files
 
 @pytest.mark.parametrize("dtype, atol", [("fp32", 0), ("fp16", 1e-3)])

@@ -9,7 +9,8 @@ from kilobench.core.metrics import flops, import_torchvision, parameters
 from kilobench.core.recipe import UserError
 from kilobench.pbr.brdf import plane_points, rig
 from kilobench.pbr.discriminator import PatchGAN, d_loss, g_loss, r1_penalty, receptive_field, seen_by, sides
-from kilobench.pbr.recipe import STUDENTS, StudentPart
+from kilobench.pbr.model import build_teacher
+from kilobench.pbr.recipe import STUDENTS, ModelPart, StudentPart
 from kilobench.pbr.students import Head, PLKEsc, SharedKernel, Trunk, build_student, mobilenet, orbits, student_part
 from kilobench.pbr.views import CrossViewTransformer, imagenet, to_maps, with_light
 
@@ -131,6 +132,18 @@ def test_what_the_names_promise():
     assert (parts["mobilenetv3_512"].dim, parts["mobilenetv3_512"].depth) == (256, 2) and (parts["convattn_student"].kernel, parts["convattn_student"].depth) == (17, 3)
     net = build_student(student_part("convattn_esc", pretrained=False))
     assert isinstance(net.trunk.shared, SharedKernel) and all(isinstance(b, PLKEsc) for b in net.trunk.blocks) and len(net.trunk.blocks) == 3 and net.across is None
+
+
+@pytest.mark.parametrize("scale", [1, 2])
+def test_a_grid_of_two_pixels_a_side_keeps_size_and_detail(scale):
+    net = build_student(StudentPart(grid=2, scale=scale, channels=(8, 8, 8), dim=16, depth=1, bottleneck="plk-seed", kernel=5)).eval()
+    views = torch.rand(1, 3, 3, 32, 64)
+    check(net(views, setup(1)), (1, 8, 32 * scale, 64 * scale))
+    views.requires_grad_()
+    net(views, setup(1))[0, 0, 16 * scale, 16 * scale].backward()
+    assert (views.grad[0, :, :, 14:18, 14:18] != 0).all(), "no pixel of the squares around is lost"
+    a, b = (build_teacher(ModelPart(encoder_channels=(8, 8), encoder_grid=g, transformer_dim=16, transformer_num_heads=2, transformer_depth=1)).eval() for g in (1, 4))
+    assert a(views, setup(1)).shape == b(views, setup(1)).shape and flops(b, views, setup(1)) < flops(a, views, setup(1)) / 3
 
 
 @pytest.mark.parametrize("name", ["pixel", "pixel_esc"])
