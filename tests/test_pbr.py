@@ -27,7 +27,7 @@ from kilobench.pbr.losses import cosine_gap, degrees, map_terms, material_loss, 
 from kilobench.pbr.materials import draw_material
 from kilobench.pbr.model import build, build_teacher
 from kilobench.pbr.recipe import PRESETS, STUDENTS, DataPart, LossPart, ModelPart, PbrRecipe
-from kilobench.pbr.train import Answers, ask_teacher, key_of, lit, load_trained, mirrored, predict_maps, smaller, smaller_maps, train, train_student, train_teacher, usual_rig
+from kilobench.pbr.train import Answers, altered, ask_teacher, key_of, lit, load_trained, mirrored, predict_maps, smaller, smaller_maps, train, train_student, train_teacher, usual_rig, varied
 
 TEXTURES = Path(__file__).parents[2] / "shared" / "data" / "pbr_cc0"
 TINY = "data.n=40 edits=2 shards.size=8 " + " ".join(f"{t}.steps={n} {t}.batch=4 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("distil", 4), ("baseline", 2)))
@@ -265,6 +265,33 @@ def test_mirroring_is_exact(run):
     assert torch.equal(out["maps"], out["maps_teacher"]) and torch.equal(out["views"][2:], batch["views"][2:])
     assert torch.allclose(render(batch["maps"], batch["rig"][..., :3], batch["rig"][..., 3:]).flip(-1)[:2], render(out["maps"], out["rig"][..., :3], out["rig"][..., 3:])[:2], atol=1e-5)
     assert all(torch.equal(v, batch[k]) for k, v in mirrored(out, torch.tensor([True, True, False, False])).items())
+
+
+def batch_of(materials, known=True):
+    setup = torch.cat(rig(3), -1).expand(len(materials), 3, 6)
+    return {"maps": materials, "rig": setup if known else torch.zeros_like(setup), "views": render(materials, setup[..., :3], setup[..., 3:]), "maps_teacher": materials.flip(0)}
+
+
+def test_altered_materials_are_photographed_as_they_now_are(materials):
+    torch.manual_seed(0)
+    before = batch_of(torch.cat([materials[:, :5], torch.nn.functional.normalize(materials[:, 5:], dim=1)], 1))
+    after = altered(before, 1.0)
+    assert psnr(render(after["maps"], after["rig"][..., :3], after["rig"][..., 3:]).flatten(0, 1), after["views"].flatten(0, 1)).min() > 45
+    assert torch.allclose(after["maps"][:, 5:].norm(dim=1), torch.ones(1), atol=1e-5) and (after["maps"][:, 7] > 0).all() and after["maps"][:, :5].min() >= 0 and after["maps"][:, :5].max() <= 1
+    changed = (after["maps"] != before["maps"]).any(1).flatten(1).float().mean(1)
+    assert (changed > 0).sum() >= 5 and (changed < 1).all(), "beyond a line, not everywhere"
+    assert torch.equal(after["maps_teacher"], after["maps"]), "the teacher was not asked about these"
+
+
+def test_only_a_share_of_materials_with_known_lights_is_altered(materials):
+    torch.manual_seed(0)
+    many = batch_of(materials.repeat(20, 1, 1, 1))
+    share = (altered(many, 0.3)["views"] != many["views"]).flatten(1).any(1).float().mean()
+    assert 0.15 < share < 0.4
+    unknown = batch_of(materials, known=False)
+    assert all(torch.equal(v, unknown[k]) for k, v in altered(unknown, 1.0).items())
+    dirty_ones = PbrRecipe.make("smoke", "altered=1 data.render_curriculum=1")
+    assert torch.allclose(varied(many, dirty_ones)["maps"][:, :5].mean((2, 3)), many["maps"][:, :5].mean((2, 3)), atol=1e-5), "only mirrored"
 
 
 def test_smaller_is_the_mean_of_light(materials):
