@@ -100,9 +100,11 @@ def visual_weights(scene: Scene) -> dict[int, float]:
 
 
 def hierarchy(scene: Scene) -> float:
-    """1 when weights fall with priority, 0 when they rise; a single priority has nothing to contradict it: 1."""
+    """1 when weights fall with priority, 0 when they rise; a single priority has nothing to contradict it: 1; equal weights say nothing, where τ is undefined: ½."""
     weights = visual_weights(scene)
-    return 1.0 if len(weights) < 2 else float(kendalltau(list(weights), list(weights.values())).statistic + 1) / 2
+    if len(weights) < 2: return 1.0
+    tau = float(kendalltau(list(weights), list(weights.values())).statistic)
+    return 0.5 if math.isnan(tau) else (tau + 1) / 2
 
 # %% ../../nbs/design/00d_oracle.ipynb #cdecd49e
 def grammar(scene: Scene) -> np.ndarray:
