@@ -290,8 +290,10 @@ def test_only_a_share_of_materials_with_known_lights_is_altered(materials):
     assert 0.15 < share < 0.4
     unknown = batch_of(materials, known=False)
     assert all(torch.equal(v, unknown[k]) for k, v in altered(unknown, 1.0).items())
-    dirty_ones = PbrRecipe.make("smoke", "altered=1 data.render_curriculum=1")
-    assert torch.allclose(varied(many, dirty_ones)["maps"][:, :5].mean((2, 3)), many["maps"][:, :5].mean((2, 3)), atol=1e-5), "only mirrored"
+    assert torch.allclose(varied(many, PbrRecipe.make("smoke"))["maps"][:, :5].mean((2, 3)), many["maps"][:, :5].mean((2, 3)), atol=1e-5), "only mirrored"
+    assert not torch.allclose(varied(many, PbrRecipe.make("smoke", "altered=1"))["maps"][:, :5].mean((2, 3)), many["maps"][:, :5].mean((2, 3)), atol=1e-3)
+    for part in ("data.render_curriculum=1", "data.rig=free"):
+        with pytest.raises(UserError, match="altered: needs photographs that can be taken anew"): PbrRecipe.make("smoke", f"altered=0.5 {part}")
 
 
 def test_smaller_is_the_mean_of_light(materials):

@@ -14,7 +14,7 @@ from kilobench.pbr.brdf import CHANNELS
 from kilobench.pbr.data import data
 from kilobench.pbr.materials import draw_material
 from kilobench.pbr.model import build
-from kilobench.pbr.source_shards import SourceShards, check_order, eight, maps_in, names_in, open_pt, own_share
+from kilobench.pbr.source_shards import SourceShards, check_order, eight, maps_in, names_in, open_pt, own_share, ranges
 from kilobench.pbr.train import ask_teacher
 
 SIDE = 32
@@ -57,7 +57,16 @@ def test_both_ranges_of_maps_are_understood(signed, sigmoid):
     given_ = by_name(maps)
     if signed: given_ |= {n: 2 * given_[n] - 1 for n in ("albedo", "roughness", "metallic")}
     if sigmoid: given_["normal"] = given_["normal"] / 2 + 0.5
-    assert (eight({n: t.float() for n, t in given_.items()}) - maps).abs().max() < 4e-3
+    rows = [{n: t[i].float() for n, t in given_.items()} for i in range(3)]
+    assert ranges(rows) == (signed, sigmoid)
+    assert max((eight(r, signed, sigmoid) - m).abs().max() for r, m in zip(rows, maps)) < 4e-3
+
+
+def test_a_flat_bright_metal_is_read_in_the_range_of_its_folder(answers, tmp_path):
+    flat = torch.cat([torch.full((3, SIDE, SIDE), 0.9), torch.full((2, SIDE, SIDE), 0.8), torch.zeros(2, SIDE, SIDE), torch.ones(1, SIDE, SIDE)])[None]
+    held = torch.cat([flat, answers])
+    torch.save({"names": ["flat", *NAMES], "pred": torch.cat([2 * held[:, :5] - 1, held[:, 5:]], 1)}, tmp_path / "a.pt")
+    assert (SourceShards(tmp_path).fetch("flat/clean") - flat[0]).abs().max() < 1e-5
 
 
 def test_maps_and_names_are_found_only_where_they_are():

@@ -695,7 +695,7 @@ class TensorBoard(Callback):
     def on_end(self, state: FitState) -> None:
         if state.board is not None: state.board.close(); state.board = None
 
-# %% ../../nbs/core/05_training.ipynb #42c5e17c
+# %% ../../nbs/core/05_training.ipynb #c5133f6e
 class WeightsAndBiases(Callback):
     """The rows at wandb.ai, for the project named in KILOBENCH_WANDB; without it, nothing. Needs `pip install kilobench[wandb]`."""
 
@@ -708,8 +708,9 @@ class WeightsAndBiases(Callback):
         folder = state.run.path("wandb", state.name)
         folder.mkdir(parents=True, exist_ok=True)
         where = f"{state.run.dir.parent.name}/{state.run.dir.name}/{state.name}"
-        self.to = wandb.init(project=self.project, name=where, id=hashlib.sha256(str(state.folder.resolve()).encode()).hexdigest()[:16], resume="allow",
-                             dir=str(folder), config=state.run.recipe.model_dump(mode="json"))
+        try: self.to = wandb.init(project=self.project, name=where, id=hashlib.sha256(str(state.folder.resolve()).encode()).hexdigest()[:16], resume="allow",
+                                  dir=str(folder), config=state.run.recipe.model_dump(mode="json"))
+        except wandb.Error as e: raise UserError(f"KILOBENCH_WANDB: Weights & Biases cannot be reached ({str(e).partition(chr(10))[0][:120]}); `wandb login`, WANDB_MODE=offline, or unset it") from None
 
     def on_log(self, state: FitState) -> None:
         if self.to is not None: self.to.log({k: v for k, v in state.row.items() if k not in ("step", "seconds")}, step=state.step)

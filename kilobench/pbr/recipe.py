@@ -137,9 +137,9 @@ SOURCE = {**_student("mobilenetv3_2048"), "data.image_size": 2048, "data.n": 100
 FULL = {**SOURCE, **GAN, "data.image_size": 1024, **_student("mobilenetv3_512"), "model.encoder_backbone": "resnet50", "model.encoder_stride": 2, "model.transformer_dim": 1024, "model.transformer_num_heads": 16, "model.discriminator_n_layers": 6,
         **each(TRAININGS, batch=4, steps=20_000, eval_every=2000, save_every=1000)}
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #c5430a6e
+# %% ../../nbs/pbr/00d_recipe.ipynb #e0064edf
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"data.n": 60, "data.image_size": 32, "data.val_ratio": 0.2, "edits": 3, "model.encoder_channels": [8, 16, 16], "model.transformer_dim": 16, "model.transformer_num_heads": 2, "model.transformer_depth": 1,
+    "smoke": {**_student("pixel"), "data.n": 60, "data.image_size": 32, "data.val_ratio": 0.2, "edits": 3, "model.encoder_channels": [8, 16, 16], "model.transformer_dim": 16, "model.transformer_num_heads": 2, "model.transformer_depth": 1,
               "model.use_gan": True, "model.discriminator_n_layers": 1, "model.discriminator_ndf": 8, "student.channels": [4, 4, 8], "student.dim": 16, "student.depth": 1, "student.kernel": 5, "student.passing": 4,
               "shards.size": 16, **each(TRAININGS, steps=8, batch=4, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {"data.n": 3000, "edits": 24, **_student("pixel"), "model.encoder_channels": [40, 56, 96, 192], "model.transformer_dim": 192, "model.transformer_num_heads": 6, "model.transformer_depth": 3, "model.transformer_mlp_ratio": 2.0,
@@ -158,7 +158,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mobilenetv3_2048": {**FULL, "data.image_size": 2048, "student.scale": 1, **_student("mobilenetv3_2048")},
 }
 
-# %% ../../nbs/pbr/00d_recipe.ipynb #94602bbb
+# %% ../../nbs/pbr/00d_recipe.ipynb #49f9d864
 WORDS = {"config": "--preset", "input-dir": "data.input_dir", "output-dir": "data.output_dir", "render-curriculum": "data.render_curriculum", "use-dirty": "data.render_curriculum=2",
          "batch-size": "train.batch", "shard-output-size": "shards.output_size", "shard-size": "shards.size", "checkpoint-dir": "--name",
          "resume": "!a training goes on by itself; give the command that started it again", "shards-dir": "shards.input_dir"}
@@ -180,6 +180,12 @@ class PbrRecipe(Recipe):
     hold_norms: float = Field(0.25, ge=0, le=1, description="share of the steps after which batch norms keep their statistics; 1: never")
     altered: float = Field(0.0, ge=0, le=1, description="share of the training materials that are altered and photographed anew, each time they are seen; drawn ones in clean, rectified photographs only")
     edits: int = Field(40, ge=2, description="test materials that are edited")
+
+    @model_validator(mode="after")
+    def _redrawn(self) -> "PbrRecipe":
+        if self.altered and (self.data.input_dir or self.data.render_curriculum or self.data.rig == "free"):
+            raise ValueError("altered: needs photographs that can be taken anew; leave out data.input_dir, data.render_curriculum and data.rig=free, or set altered=0")
+        return self
 
     @model_validator(mode="after")
     def _sides(self) -> "PbrRecipe":

@@ -98,7 +98,7 @@ def map_strip(made: PbrData, name: str, size: int, map_size: int, n: int = 6) ->
                         "roughness": truth[:, 3:4], name + "  ": pred[:, 3:4], "4 × error of albedo": (4 * (pred[:, :3] - truth[:, :3]).abs()).clamp(max=1), "and normal": (2 * (pred[:, 5:] - truth[:, 5:]).abs()).clamp(max=1)}, size=0.8)
     return paint
 
-# %% ../../nbs/pbr/02_train.ipynb #de72abea
+# %% ../../nbs/pbr/02_train.ipynb #e7e5e514
 def altered(batch: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
     """A batch with about that share of its items altered beyond a random line and photographed anew; their `maps_teacher` are the truth. Items whose lights are not known stay as they are."""
     maps, rig_, n = batch["maps"], batch["rig"], len(batch["maps"])
@@ -116,10 +116,8 @@ def altered(batch: Mapping[str, Tensor], share: float) -> dict[str, Tensor]:
 
 
 def varied(batch: Mapping[str, Tensor], recipe: PbrRecipe) -> dict[str, Tensor]:
-    """What a network is trained on: a batch altered and mirrored."""
-    part = recipe.data
-    plain = not (recipe.altered and not part.input_dir and part.render_curriculum == 0 and part.rig != "free")
-    return mirrored(dict(batch) if plain else altered(batch, recipe.altered))
+    """What a network is trained on: a batch altered, where the recipe says so, and mirrored."""
+    return mirrored(altered(batch, recipe.altered) if recipe.altered else batch)
 
 # %% ../../nbs/pbr/02_train.ipynb #504b5b6f
 def teacher_updates(recipe: PbrRecipe) -> list[Update]:
