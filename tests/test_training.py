@@ -468,16 +468,23 @@ def test_amp_and_compile_stay_off_on_a_cpu(tmp_path):
 
 
 # ------------------------------------------------------------------ modules
+class MapNorm(nn.BatchNorm2d):
+    """Batch norm of vectors, as if they were maps of one pixel."""
+    def forward(self, x): return super().forward(x[..., None, None])[..., 0, 0]
+
+
 def test_norms_that_are_held_keep_their_statistics_also_after_a_kill(tmp_path):
     seen = []
     def loss(m, b, step):
         norm = m["net"].layers[1]
         seen.append((step, norm.training, norm.running_mean.clone()))
         return net_loss(m, b, step)
-    def go(dir, hold=0.5, **more):
+    def go(dir, hold=0.5, maps=True, **more):
         recipe = Toy.make(overrides="train.steps=20 train.accumulate=1 train.eval_every=3")
         torch.manual_seed(0)
-        return fit(Run.open(recipe, dir), "net", Net(), loss, make_data(), recipe.train, hold_norms=hold, **JUDGED, **more)
+        net = Net()
+        if maps: net.layers[1] = MapNorm(net.layers[1].num_features)
+        return fit(Run.open(recipe, dir), "net", net, loss, make_data(), recipe.train, hold_norms=hold, **JUDGED, **more)
     whole = go(tmp_path / "a")
     steps = [s for s in seen if s[0] >= 0][-20:]
     assert [s[1] for s in steps] == [True] * 10 + [False] * 10, "and an evaluation in between does not wake them"
@@ -485,6 +492,9 @@ def test_norms_that_are_held_keep_their_statistics_also_after_a_kill(tmp_path):
     go(tmp_path / "b", stop_at=13)
     assert same_weights(whole, go(tmp_path / "b"))
     assert not same_weights(whole, go(tmp_path / "c", hold=1.0))
+    seen.clear()
+    go(tmp_path / "d", maps=False)
+    assert all(s[1] for s in seen if s[0] >= 0), "norms of vectors go on"
 
 
 def test_what_is_frozen_stays(tmp_path):

@@ -30,7 +30,6 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import (ConstantLR, CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, OneCycleLR, ReduceLROnPlateau, SequentialLR,
                                       StepLR)
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from tqdm.auto import tqdm
@@ -279,7 +278,7 @@ class FitState:
     all_params: list[nn.Parameter] = field(default_factory=list)
     trained: list[str] = field(default_factory=list)           # names of the modules that some update moves
     frozen: list[nn.Module] = field(default_factory=list)      # sub-modules that stay in eval mode
-    norms: list[nn.Module] = field(default_factory=list)       # batch norms that go to eval mode at step `held_from`
+    norms: list[nn.Module] = field(default_factory=list)       # batch norms of maps that go to eval mode at step `held_from`
     held_from: int = 0
     ema: dict[str, AveragedModel] = field(default_factory=dict)
     step: int = 0
@@ -967,7 +966,7 @@ def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Up
         for n in state.trained:
             for t in modules[n].state_dict().values(): broadcast(t)
     state.frozen = [s for m in modules.values() for s in m.modules() if any(True for _ in s.parameters()) and not trainable(s)]
-    if hold_norms < 1: state.norms, state.held_from = [s for n in state.trained for s in modules[n].modules() if isinstance(s, _BatchNorm)], round(hold_norms * cfg.steps)
+    if hold_norms < 1: state.norms, state.held_from = [s for n in state.trained for s in modules[n].modules() if isinstance(s, (nn.BatchNorm2d, nn.BatchNorm3d))], round(hold_norms * cfg.steps)
     state.params = {u.name: [p for m in u.modules for p in trainable(modules[m])] for u in updates}
     state.all_params = [p for n in state.trained for p in trainable(modules[n])]
     for u in updates:
@@ -988,7 +987,7 @@ def fit(run: Run, name: str, modules: nn.Module | dict[str, nn.Module], loss: Ca
 
     A single module is named `name`; `loss` always gets the dict. `data`: a data set (batches by StepSampler) or a function of the step.
     `evaluate` judges the averaged weights where train.ema > 0; `best`: a metric to maximise ("psnr") or minimise ("-loss").
-    `stop_at` ends this call early, at that step. `hold_norms`: the share of the steps after which batch norms keep their statistics; 1: never. Returns the modules in place, with the averaged weights loaded, in eval mode."""
+    `stop_at` ends this call early, at that step. `hold_norms`: the share of the steps after which batch norms of maps keep their statistics (those of vectors, nn.BatchNorm1d, go on); 1: never. Returns the modules in place, with the averaged weights loaded, in eval mode."""
     modules = dict(modules) if isinstance(modules, Mapping) and not isinstance(modules, nn.Module) else {name: modules}
     updates = [Update(name, [n for n, m in modules.items() if trainable(m)], loss)] if callable(loss) else list(loss)
     _check(name, modules, updates, cfg, evaluate, metrics, best)
