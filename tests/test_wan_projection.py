@@ -51,6 +51,13 @@ def test_each_tensor_keeps_its_dtype(teacher):
         assert model.patch_embedding.weight.dtype == torch.bfloat16 and model.proj_out.weight.dtype == torch.float32
 
 
+def test_the_way_back_is_the_teacher_bit_for_bit_also_when_cast(teacher):
+    x, time, text = (v.bfloat16() for v in asked())
+    video = copy.deepcopy(teacher).bfloat16()
+    with torch.no_grad(): a, b = (m(x.unsqueeze(2), time, text).sample for m in (video, full_transformer(flat_transformer(video))))
+    assert torch.equal(a, b)
+
+
 def test_the_copy_is_smaller_only_where_it_should_be(teacher):
     a, b = teacher.state_dict(), flat_transformer(teacher).state_dict()
     assert list(a) == list(b) and [k for k in a if a[k].shape != b[k].shape] == [PATCH]

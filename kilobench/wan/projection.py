@@ -95,6 +95,7 @@ def full_transformer(flat: nn.Module) -> nn.Module:
     """The `WanTransformer3DModel` of which `flat` is the single frame: the inverse of `flat_transformer`."""
     model = type(flat).from_config(flat.config)
     model.load_state_dict(unsqueeze_state({k: v.detach().clone() for k, v in flat.state_dict().items()}), assign=True)
+    model.rope.to(flat.rope.freqs_cos)     # device and dtype; its tables are in no state dict
     return model.train(flat.training)
 
 
@@ -175,7 +176,7 @@ def load_flat(folder: str | Path) -> nn.Module:
     from diffusers import WanTransformer3DModel
     try: model, said = WanTransformer3DModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, TypeError, RuntimeError, AttributeError, SafetensorError) as e:
-        raise UserError(f"{folder}: cannot be read as a Wan transformer ({str(e).strip().splitlines()[0][:160]})") from None
+        raise UserError(f"{folder}: cannot be read as a Wan transformer ({(str(e).strip() or type(e).__name__).splitlines()[0][:160]})") from None
     if wrong := [*said["missing_keys"], *said["unexpected_keys"], *said["mismatched_keys"]]:
         raise UserError(f"{folder / WEIGHTS}: does not fit its config.json, {len(wrong)} tensors differ, {wrong[0]} among them")
     return flat_transformer(model)
