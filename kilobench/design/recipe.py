@@ -130,5 +130,5 @@ class DesignRecipe(Recipe):
     halve: TrainPart = TrainPart()
     tune: TrainPart = TrainPart()
     reward: TrainPart = TrainPart()
-    hold_norms: float = Field(0.25, ge=0, le=1, description="share of the steps after which the batch norms of U-Nets keep their statistics; 1: never")
+    hold_norms: float = Field(0.25, ge=0, le=1, description="share of the steps after which the batch norms of encoder and auditor keep their statistics; 1: never")
     counterfactuals: int = Field(60, ge=2, description="test designs that are edited")

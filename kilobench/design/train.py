@@ -142,7 +142,7 @@ def train_network(run: Run, name: str, made: DesignData, others: nn.Module | Non
 
     strips = [Strips(max(1, cfg.steps // 3), sample_strip(made, name))] if name != "abstractor" else []
     return fit(run, name, model, step_of(run, name, others), Split(made), cfg, evaluate=evaluate, metrics=WATCHED[name], best=BEST[name], callbacks=strips, stop_at=stop_at,
-               hold_norms=1.0 if name == "abstractor" else run.recipe.hold_norms)     # the abstractor reads batches of 32 and was not tried with held norms
+               hold_norms=run.recipe.hold_norms if name in ("encoder", AUDITOR) else 1.0)     # compact networks train too briefly; the abstractor was not tried
 
 # %% ../../nbs/design/02_train.ipynb #847eb489
 def save_trained(path: Path, name: str, model: nn.Module, recipe: DesignRecipe, dtype: str = "fp16") -> Path:
