@@ -289,11 +289,14 @@ def test_a_teachers_weights_stay_out_of_a_reference(finished, tmp_path):
     assert [p.name for p in goal.glob("*.safetensors")] == ["slots.safetensors"] and any("teacher.safetensors" in s for s in said)
 
 
-def test_of_a_trainings_strips_a_reference_shows_the_last(finished, tmp_path):
+def test_a_trainings_strips_and_a_large_baseline_stay_with_their_run(finished, tmp_path):
     for step in (5, 50, 500): finished.figure(f"slots-{step:07d}").write_bytes(b"p" * step)
     finished.figure("slots").write_bytes(b"p")
+    save_file({"w": np.zeros(1 << 20, np.float32)}, finished.path("export/baseline.safetensors"))
     goal = publish_reference(finished, tmp_path / "reference" / "toy" / "cpu", say=print)
-    assert sorted(p.name for p in (goal / "figures").iterdir()) == ["colours.png", "slots-0000500.png", "slots.png", "small.png"]
+    assert sorted(p.name for p in (goal / "figures").iterdir()) == ["colours.png", "slots.png", "small.png"] and not (goal / "baseline.safetensors").exists()
+    save_file({"w": np.zeros(1 << 10, np.float32)}, finished.path("export/baseline.safetensors"))
+    assert (publish_reference(finished, goal, say=print) / "baseline.safetensors").exists()
 
 
 def test_reference_refuses_and_leaves_the_old_one_whole(finished, tmp_path):

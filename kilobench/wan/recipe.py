@@ -83,12 +83,13 @@ class ScorePart(Part):
     seeds: int = Field(3, ge=1, description="seeds of the noise")
     edits: int = Field(40, ge=2, description="prompts that are edited")
 
-# %% ../../nbs/wan/00a_recipe.ipynb #44da27cf
+# %% ../../nbs/wan/00a_recipe.ipynb #9d775feb
 TRAININGS = ("vae", "vae_film", "audit", "train", "velocity", "follow", "few", "lite")
 _SMOKE = {"data.n": 64, "data.n_val": 16, "data.n_test": 32, "data.image_size": 16, "data.frames": 5, "teacher.heads": 2, "teacher.head_dim": 12, "teacher.layers": 2, "teacher.ffn": 32,
           "teacher.text_dim": 16, "teacher.text_layers": 1, "teacher.vae_base": 4, "teacher.vae_z": 4, "teacher.steps": 4, "teacher.pool": 16, "student.heads": 1, "student.layers": 1, "student.ffn": 16,
           "student.lite_hidden": 16, "student.lite_depth": 1, "student.lite_heads": 2, "distil.asked": 32, "distil.shard": 16, "score.samples": 16, "score.seeds": 1, "score.edits": 2,
-          **each(TRAININGS, steps=8, batch=8, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)}
+          **each(TRAININGS, steps=8, batch=8, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4),
+          **each(("vae", "audit", "train"), steps=40, log_every=10, eval_every=20, save_every=20), **each(("vae", "train"), optimiser="muon", lr=1e-2)}
 _CPU = {**each(TRAININGS, log_every=25, eval_every=500, save_every=250, ema=0.99),
         "vae.steps": 1600, "vae.batch": 32, "vae.optimiser": "muon", "vae.lr": 1.5e-2, "vae.schedule": "cosine", "vae_film.steps": 400, "vae_film.batch": 6, "vae_film.lr": 4e-3, "vae_film.schedule": "cosine", "audit.steps": 800, "audit.batch": 64,
         "train.steps": 5000, "train.batch": 64, "train.optimiser": "muon", "train.lr": 5e-3, "train.schedule": "cosine", "train.ema": 0.999, "train.weight_decay": 0.01,
