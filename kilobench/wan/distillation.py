@@ -162,10 +162,11 @@ def consistency_terms(net: nn.Module, batch: Mapping[str, Tensor], sigmas: Tenso
     with torch.no_grad(): goal = torch.where(view(at + 1 == last[at]), nearer, nearer + view(e - t) * asker(net)(nearer, t, batch["text"]))
     return {"consistency": soft_distance(asker(net)(x, s, batch["text"]), (goal - x) / view(e - s))}
 
-# %% ../../nbs/wan/02a_distillation.ipynb #2a9b1628
+# %% ../../nbs/wan/02a_distillation.ipynb #1c4136ad
 def matching_terms(net: nn.Module, critic: nn.Module, real: Velocity, batch: Mapping[str, Tensor], sigmas: Tensor, ends: Tensor, shift: float, w_pair: float) -> dict[str, Tensor]:
-    """{matching, pair} of stage 3 (DMD2, eq. 1; the gradient is scaled as in Yin et al. 2024, DMD, eq. 8)."""
-    text, made = batch["text"], generate(asker(net), batch["noise"], batch["text"], ends)
+    """{matching, pair} of stage 3 (DMD2, eq. 1; the gradient is scaled as in Yin et al. 2024, DMD, eq. 8). Half of the noises are new, the others are those of stored answers."""
+    text, n = batch["text"], len(batch["noise"]) // 2
+    made = generate(asker(net), torch.cat([batch["noise"][:n], torch.randn_like(batch["noise"][n:])]), text, ends)
     with torch.no_grad():
         u = 0.02 + 0.96 * torch.rand(len(made), device=made.device)
         s = shift * u / (1 + (shift - 1) * u)
@@ -173,12 +174,12 @@ def matching_terms(net: nn.Module, critic: nn.Module, real: Velocity, batch: Map
         theirs, own = x - view * real(x, s, text), x - view * asker(critic)(x, s, text)
         push = (own - theirs) / (made - theirs).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
     out = {"matching": 0.5 * F.mse_loss(made, (made - push).detach())}
-    return out | ({"pair": w_pair * soft_distance(made, path_of(batch["noise"], batch["v"], sigmas)[:, -1])} if w_pair else {})
+    return out | ({"pair": w_pair * soft_distance(made[:n], path_of(batch["noise"][:n], batch["v"][:n], sigmas)[:, -1])} if w_pair and n else {})
 
 
 def critic_terms(net: nn.Module, critic: nn.Module, batch: Mapping[str, Tensor], ends: Tensor, shift: float) -> dict[str, Tensor]:
     """{critic}: the flow's own loss, on what the student draws."""
-    with torch.no_grad(): made = generate(asker(net), batch["noise"], batch["text"], ends)
+    with torch.no_grad(): made = generate(asker(net), torch.randn_like(batch["noise"]), batch["text"], ends)
     u = torch.rand(len(made), device=made.device)
     s, noise = shift * u / (1 + (shift - 1) * u), torch.randn_like(made)
     return {"critic": F.mse_loss(asker(critic)(noised(made, noise, s), s, batch["text"]), noise - made)}

@@ -63,7 +63,7 @@ class StudentPart(Part):
     lite_depth: int = Field(3, ge=1, description="WanLiteStudent: blocks")
     lite_heads: int = Field(4, ge=1, description="WanLiteStudent: heads")
 
-# %% ../../nbs/wan/00a_recipe.ipynb #3073445f
+# %% ../../nbs/wan/00a_recipe.ipynb #aa2ab630
 class DistilPart(Part):
     """What the student is taught, and how many evaluations it may take."""
     asked: int = Field(6000, ge=8, description="times the teacher is asked for a picture, each with noise of its own")
@@ -71,8 +71,8 @@ class DistilPart(Part):
     evaluations: int = Field(2, ge=1, le=8, description="steps that the student samples with")
     middle: float = Field(0.75, gt=0, lt=1, description="σ between them; equally spaced in u where there are more than two")
     w_feature: float = Field(0.2, ge=0, description="stage 1: weight of the teacher's features")
-    w_pair: float = Field(0.5, ge=0, description="stage 3: weight of the teacher's own answers beside the distribution's gradient")
-    fake_lr: float = Field(1e-3, gt=0, description="stage 3, dmd: learning rate of the critic that follows the student")
+    w_pair: float = Field(0.25, ge=0, description="stage 3: weight of the teacher's own answers beside the distribution's gradient")
+    fake_lr: float = Field(2e-3, gt=0, description="stage 3, dmd: learning rate of the critic that follows the student")
     fake_steps: int = Field(2, ge=1, description="stage 3, dmd: its steps for each of the student's")
     last: Literal["better", "consistency", "dmd"] = Field("better", description="stage 3: whose student is kept; better: by validation")
 
@@ -83,7 +83,7 @@ class ScorePart(Part):
     seeds: int = Field(3, ge=1, description="seeds of the noise")
     edits: int = Field(40, ge=2, description="prompts that are edited")
 
-# %% ../../nbs/wan/00a_recipe.ipynb #9d775feb
+# %% ../../nbs/wan/00a_recipe.ipynb #7a4910fa
 TRAININGS = ("vae", "vae_film", "audit", "train", "velocity", "follow", "few", "lite")
 _SMOKE = {"data.n": 64, "data.n_val": 16, "data.n_test": 32, "data.image_size": 16, "data.frames": 5, "teacher.heads": 2, "teacher.head_dim": 12, "teacher.layers": 2, "teacher.ffn": 32,
           "teacher.text_dim": 16, "teacher.text_layers": 1, "teacher.vae_base": 4, "teacher.vae_z": 4, "teacher.steps": 4, "teacher.pool": 16, "student.heads": 1, "student.layers": 1, "student.ffn": 16,
@@ -93,7 +93,7 @@ _SMOKE = {"data.n": 64, "data.n_val": 16, "data.n_test": 32, "data.image_size": 
 _CPU = {**each(TRAININGS, log_every=25, eval_every=500, save_every=250, ema=0.99),
         "vae.steps": 1600, "vae.batch": 32, "vae.optimiser": "muon", "vae.lr": 1.5e-2, "vae.schedule": "cosine", "vae_film.steps": 400, "vae_film.batch": 6, "vae_film.lr": 4e-3, "vae_film.schedule": "cosine", "audit.steps": 800, "audit.batch": 64,
         "train.steps": 5000, "train.batch": 64, "train.optimiser": "muon", "train.lr": 5e-3, "train.schedule": "cosine", "train.ema": 0.999, "train.weight_decay": 0.01,
-        **each(("velocity", "follow", "few", "lite"), batch=64, optimiser="muon", lr=5e-3, schedule="cosine"), "velocity.steps": 1000, "follow.steps": 2000, "few.steps": 800, "few.lr": 1e-3, "lite.steps": 4000}
+        **each(("velocity", "follow", "few", "lite"), batch=64, optimiser="muon", lr=5e-3, schedule="cosine"), "velocity.steps": 1000, "follow.steps": 3000, "few.steps": 900, "few.lr": 4e-3, "lite.steps": 4000}
 _REAL = {"data.image_size": 256, "data.prompts": "ours", "teacher.path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "teacher.dtype": "bf16", "teacher.offload": True, "teacher.steps": 50, "teacher.guidance": 5.0, "teacher.text_length": 512,
          "student.heads": 6, "student.layers": 15, "student.ffn": 4480, "student.lite_hidden": 768, "student.lite_depth": 15, "student.lite_heads": 12, "distil.asked": 50_000,
          **each(("velocity", "follow", "few", "lite"), batch=32, lr=1e-4, steps=20_000, ema=0.999, eval_every=2000, save_every=500, log_every=50)}
