@@ -15,9 +15,10 @@ from project_runs import assert_one_line, assert_same_training, assert_series_ru
 from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report, Scorecard
+from kilobench.core.training import Split
 from kilobench.design import commands, data as data_module, scene as scene_module
 from kilobench.design.counterfactual import edits_of, element_at, explorer, score_changes
-from kilobench.design.data import DesignData, Split, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
+from kilobench.design.data import DesignData, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import BAYES, YARDSTICK, controls, readers, yardstick
 from kilobench.design.model import PLANES, Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,

@@ -20,7 +20,7 @@ from kilobench.core.teacher import module_hash
 from kilobench.pbr import commands, data as data_module
 from kilobench.pbr.brdf import light_points, plain, random_eyes, random_lights, reflect, render, rig, seen_points, shade, split_maps, tiled, to_linear, to_srgb, unseen_lights
 from kilobench.pbr.counterfactual import Capture, ask_exact, ask_network, assess_networks, ball, captures_of, edits_of, explorer
-from kilobench.pbr.data import METADATA, PbrData, Split, check_data, contents, data, load_data, make_data, queue, read_maps, read_metadata, read_photos, rig_of, split_of, write_set
+from kilobench.pbr.data import METADATA, PbrData, check_data, contents, data, load_data, make_data, queue, read_maps, read_metadata, read_photos, rig_of, split_of, write_set
 from kilobench.pbr.dirt import FAULTS, dirty
 from kilobench.pbr.evaluate import guesses, metal_iou, role_of, score_maps
 from kilobench.pbr.losses import cosine_gap, degrees, map_terms, material_loss, render_loss

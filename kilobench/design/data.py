@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TOP', 'SPLITS', 'MAKER', 'MAX_DESIGNS', 'file_of', 'to_bytes', 'metadata_of', 'write_design', 'entry_of',
            'read_array', 'read_metadata', 'read_design', 'split_of', 'make_designs', 'import_designs', 'data_dir',
-           'make_data', 'DesignData', 'Split', 'check_data', 'families_told_apart', 'load_data', 'data']
+           'make_data', 'DesignData', 'check_data', 'families_told_apart', 'load_data', 'data']
 
 # %% ../../nbs/design/00_data.ipynb #c6b68802
 import hashlib
@@ -206,14 +206,6 @@ class DesignData(Dataset):
         return {"image": image.float() / 255, "structure": structure} | {k: v[at] for k, v in self.labels.items()}
 
     def __getitem__(self, i: int) -> dict[str, Tensor]: return {k: v[0] for k, v in self.fetch([i]).items()}
-
-# %% ../../nbs/design/00_data.ipynb #0255ae0f
-class Split(Dataset):
-    """One split of a set, for training: `fetch(indices)` counts within the split."""
-    def __init__(self, data: DesignData, split: str = "train"): self.data, self.index = data, data.rows(split)
-    def __len__(self) -> int: return len(self.index)
-    def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]: return self.data.fetch([self.index[i] for i in indices])
-    def __getitem__(self, i: int) -> dict[str, Tensor]: return self.data[self.index[i]]
 
 # %% ../../nbs/design/00_data.ipynb #e59d3443
 def check_data(card: Scorecard, data: DesignData) -> None:

@@ -16,8 +16,8 @@ from ..core.recipe import seeded
 from ..core.run import Run
 from ..core.show import montage
 from ..core.teacher import freeze
-from ..core.training import Strips, fit, mix
-from .data import DesignData, Split
+from ..core.training import Split, Strips, fit, mix
+from .data import DesignData
 from .decoder import Denoiser, denoising_loss, sample
 from .distil import Near, SeenDistance, consistency_loss, halving_loss
 from .model import build

@@ -18,8 +18,8 @@ from ..core.run import Run, read_json, write_json
 from ..core.scorecard import Scorecard
 from ..core.show import montage, new_figure, style
 from ..core.teacher import freeze
-from ..core.training import fit, load_fitted
-from .data import DesignData, Split
+from ..core.training import Split, fit, load_fitted
+from .data import DesignData
 from .decoder import Brief, Denoiser, guided
 from .distil import clean_guess, leap, step_times
 from .generated import FD, Audit, audit, draw, features_of, oracle_means

@@ -20,8 +20,8 @@ from ..core.recipe import UserError, seeded
 from ..core.run import Run, is_main, stage
 from ..core.show import montage
 from ..core.teacher import freeze
-from ..core.training import Fitted, Strips, fit, load_fitted, mix
-from .data import DesignData, Split, data
+from ..core.training import Fitted, Split, Strips, fit, load_fitted, mix
+from .data import DesignData, data
 from .generators import train_generators
 from .model import AUDITOR, NETWORKS, Teachers, build, by_rule, check_sizes, decided, names_of, soft
 from .oracle import SCORES

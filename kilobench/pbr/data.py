@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'METADATA', 'MOST', 'MAKER', 'TILES', 'PACK', 'Sample', 'said_of', 'read_metadata', 'rig_of', 'photograph',
            'save_photos', 'write_set', 'read_photos', 'read_maps', 'Item', 'split_of', 'queue', 'draw_set',
-           'cut_textures', 'photograph_textures', 'entries_of', 'PbrData', 'Split', 'stamp_of_files', 'data_dir',
-           'make_data', 'contents', 'tilt', 'check_data', 'load_data', 'data']
+           'cut_textures', 'photograph_textures', 'entries_of', 'PbrData', 'stamp_of_files', 'data_dir', 'make_data',
+           'contents', 'tilt', 'check_data', 'load_data', 'data']
 
 # %% ../../nbs/pbr/00_data.ipynb #54f1ee67
 import hashlib
@@ -249,14 +249,6 @@ class PbrData(Dataset):
         return out | {"rig": self.rig[at], "row": torch.tensor(at)}
 
     def __getitem__(self, i: int) -> dict[str, Tensor]: return {k: v[0] for k, v in self.fetch([i]).items()}
-
-# %% ../../nbs/pbr/00_data.ipynb #4a5a81c1
-class Split(Dataset):
-    """One split of a set, for training: `fetch(indices)` counts within the split."""
-    def __init__(self, data: PbrData, split: str = "train"): self.data, self.index = data, data.rows(split)
-    def __len__(self) -> int: return len(self.index)
-    def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]: return self.data.fetch([self.index[i] for i in indices])
-    def __getitem__(self, i: int) -> dict[str, Tensor]: return self.data[self.index[i]]
 
 # %% ../../nbs/pbr/00_data.ipynb #e1ccd1b5
 def stamp_of_files(*folders: str) -> str:

@@ -25,9 +25,9 @@ from ..core.run import Run, is_main, stage, write_json
 from ..core.shards import Shards, build_shards
 from ..core.show import montage
 from ..core.teacher import FeatureTaps, Projector, freeze, module_hash
-from ..core.training import Fitted, Strips, Update, fit, load_fitted
+from ..core.training import Fitted, Split, Strips, Update, fit, load_fitted
 from .brdf import plane_points, render, split_maps, to_linear, to_srgb, unseen_lights
-from .data import PbrData, Split, data, stamp_of_files
+from .data import PbrData, data, stamp_of_files
 from .discriminator import PatchGAN, d_loss, g_loss
 from .losses import degrees, map_terms, material_loss
 from .model import NETWORKS, build

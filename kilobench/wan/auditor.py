@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEN', 'EXTRACTOR', 'FD', 'Auditor', 'softened', 'reading_loss', 'read', 'accuracy', 'train_auditor', 'measure']
 
-# %% ../../nbs/wan/01b_auditor.ipynb #e612219f
+# %% ../../nbs/wan/01b_auditor.ipynb #7d681180
 from collections.abc import Mapping
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..core.metrics import fd_with_floor, to_uint8
 from ..core.recipe import seeded
 from ..core.run import Run
-from ..core.training import Fitted, fit, mix
-from .data import FilmData, Split, WORDS
+from ..core.training import Fitted, Split, fit, mix
+from .data import FilmData, WORDS
 
 # %% ../../nbs/wan/01b_auditor.ipynb #29c73e69
 SEEN = ("shape", "colour", "size", "background")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'GROUNDS', 'SHAPES', 'SIZES', 'MOTIONS', 'WORDS', 'SPLITS', 'PROMPTS', 'MAKER', 'Film', 'changed',
-           'distance', 'draw', 'unseen_combination', 'draw_films', 'FilmData', 'Split', 'read_prompts', 'prompts_of',
-           'contents', 'check_data', 'load_data', 'data']
+           'distance', 'draw', 'unseen_combination', 'draw_films', 'FilmData', 'read_prompts', 'prompts_of', 'contents',
+           'check_data', 'load_data', 'data']
 
 # %% ../../nbs/wan/00_data.ipynb #f3084d7b
 import hashlib
@@ -128,14 +128,6 @@ class FilmData(Dataset):
         at = torch.as_tensor(indices)
         return {"image": draw(self.words[at], self.chance[at], 1, self.size)[:, 0], "words": self.words[at], "row": at}
     def __getitem__(self, i: int) -> dict[str, Tensor]: return {k: v[0] for k, v in self.fetch([i]).items()}
-
-# %% ../../nbs/wan/00_data.ipynb #de01045c
-class Split(Dataset):
-    """One split of the films, for training: `fetch(indices)` counts within the split."""
-    def __init__(self, data: FilmData, split: str = "train"): self.data, self.index = data, data.rows(split)
-    def __len__(self) -> int: return len(self.index)
-    def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]: return self.data.fetch([self.index[i] for i in indices])
-    def __getitem__(self, i: int) -> dict[str, Tensor]: return self.data[self.index[i]]
 
 # %% ../../nbs/wan/00_data.ipynb #cb942429
 def read_prompts(path: str | Path, most: int = 1 << 20) -> list[str]:

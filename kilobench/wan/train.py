@@ -10,7 +10,7 @@ __all__ = ['DECIDES', 'WAN', 'JUDGED', 'NETWORKS', 'DECISION', 'vae_loss', 'stil
            'train_consistency', 'train_dmd', 'StillBatches', 'train_lite', 'save_network', 'load_network', 'empty_flat',
            'teacher_of', 'file_of', 'made_by_training', 'load_networks', 'train']
 
-# %% ../../nbs/wan/02_train.ipynb #74dbc66f
+# %% ../../nbs/wan/02_train.ipynb #f6961bad
 import copy
 import json
 import time
@@ -30,9 +30,9 @@ from ..core.run import Run, atomic_write, is_main, reference_dir, stage, write_j
 from ..core.shards import build_shards
 from ..core.show import montage
 from ..core.teacher import Projector, freeze, module_hash
-from ..core.training import Fitted, StepSampler, Strips, Update, fit, mix
+from ..core.training import Fitted, Split, StepSampler, Strips, Update, fit, mix
 from .auditor import Auditor, accuracy, read, train_auditor
-from .data import FilmData, Split, data, prompts_of
+from .data import FilmData, data, prompts_of
 from .distillation import Answers, ask_teacher, asker, consistency_terms, critic_terms, feature_match, matching_terms, path_of, pick, student_sigmas, terms_of, trajectory_terms, velocity_terms
 from .model import Teacher, Velocity, WanLiteStudent, decoded, flat_decoded, flat_moments, generate, guided, images_of, inflate, latent_scale, latents_of, lite_config, moments, noised, sigmas_of, small_teacher, small_vae
 from .projection import flat_transformer, flat_vae
