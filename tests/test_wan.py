@@ -184,6 +184,18 @@ def test_the_cpu_students_are_an_eighth_of_the_teacher():
     assert size(whole) / size(small) >= 8 and size(whole) / size(WanLiteStudent(**lite_config("", recipe.student, 8, 64))) >= 8
 
 
+def test_checkpointed_blocks_have_the_same_gradient(teacher):
+    flat, g = flat_transformer(teacher.transformer).train(), torch.Generator().manual_seed(0)
+    q = (torch.randn(2, 4, 4, 4, generator=g), torch.tensor([100.0, 900.0]), torch.randn(2, 20, 16, generator=g))
+    grads = []
+    for _ in range(2):
+        flat.zero_grad()
+        velocity(flat, *q).square().mean().backward()
+        grads.append([p.grad.clone() for p in flat.parameters() if p.grad is not None])
+        flat.enable_gradient_checkpointing()
+    assert flat.gradient_checkpointing and len(grads[0]) == len(grads[1]) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
+
+
 # ---- real layouts
 
 def test_every_layout_answers_as_it_was_written(layouts, teacher):

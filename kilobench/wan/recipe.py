@@ -52,12 +52,13 @@ class TeacherPart(Part):
     film_every: int = Field(4, ge=1, description="small Wan: every so many steps a batch of films in place of stills")
     pool: int = Field(1500, ge=8, description="small Wan: films among which it is trained to move")
 
-# %% ../../nbs/wan/00a_recipe.ipynb #233923ad
+# %% ../../nbs/wan/00a_recipe.ipynb #39e5457f
 class StudentPart(Part):
     """The student's sizes."""
     heads: int = Field(2, ge=1, description="attention heads kept")
     layers: int = Field(3, ge=1, description="blocks kept")
     ffn: int = Field(112, ge=8, description="hidden channels kept in the feed-forward parts")
+    checkpointing: bool = Field(False, description="hold no activations of blocks in training, compute them again: less memory, a third more time")
     config: PathText = Field("", description="student_config.json with sizes of WanLiteStudent")
     lite_hidden: int = Field(64, ge=8, description="WanLiteStudent: width, even")
     lite_depth: int = Field(3, ge=1, description="WanLiteStudent: blocks")
@@ -83,7 +84,7 @@ class ScorePart(Part):
     seeds: int = Field(3, ge=1, description="seeds of the noise")
     edits: int = Field(40, ge=2, description="prompts that are edited")
 
-# %% ../../nbs/wan/00a_recipe.ipynb #7a4910fa
+# %% ../../nbs/wan/00a_recipe.ipynb #9b29e1ef
 TRAININGS = ("vae", "vae_film", "audit", "train", "velocity", "follow", "few", "lite")
 _SMOKE = {"data.n": 64, "data.n_val": 16, "data.n_test": 32, "data.image_size": 16, "data.frames": 5, "teacher.heads": 2, "teacher.head_dim": 12, "teacher.layers": 2, "teacher.ffn": 32,
           "teacher.text_dim": 16, "teacher.text_layers": 1, "teacher.vae_base": 4, "teacher.vae_z": 4, "teacher.steps": 4, "teacher.pool": 16, "student.heads": 1, "student.layers": 1, "student.ffn": 16,
@@ -98,7 +99,7 @@ _REAL = {"data.image_size": 256, "data.prompts": "ours", "teacher.path": "Wan-AI
          "student.heads": 6, "student.layers": 15, "student.ffn": 4480, "student.lite_hidden": 768, "student.lite_depth": 15, "student.lite_heads": 12, "distil.asked": 50_000,
          **each(("velocity", "follow", "few", "lite"), batch=32, lr=1e-4, steps=20_000, ema=0.999, eval_every=2000, save_every=500, log_every=50)}
 PRESETS: dict[str, dict[str, Any]] = {"smoke": _SMOKE, "cpu": _CPU, "full": {**_CPU, "train.steps": 40_000, "train.batch": 256, **each(("velocity", "follow", "few", "lite"), batch=256), "velocity.steps": 10_000, "follow.steps": 20_000, "few.steps": 4000, "lite.steps": 34_000, "distil.asked": 50_000},
-                                      "wan21_1b": _REAL, "wan22_a14b": {**_REAL, "teacher.path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "teacher.dtype": "fp8", "teacher.steps": 40, "teacher.guidance": 4.0, "teacher.shift": 12.0, "student.heads": 12, "student.layers": 30, "student.ffn": 8960}}
+                                      "wan21_1b": _REAL, "wan22_a14b": {**_REAL, "teacher.path": "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "teacher.dtype": "fp8", "teacher.steps": 40, "teacher.guidance": 4.0, "teacher.shift": 12.0, "student.heads": 12, "student.layers": 30, "student.ffn": 8960, "student.checkpointing": True}}
 
 # %% ../../nbs/wan/00a_recipe.ipynb #a796351f
 WORDS_OF_THE_SOURCE = {"teacher-path": "teacher.path", "student-config": "student.config", "data-path": "data.data_path", "output-dir": "--name", "num-epochs": "epochs", "batch-size": "velocity.batch", "lr": "velocity.lr"}

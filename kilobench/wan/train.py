@@ -211,7 +211,7 @@ def load_wan(path: str | Path, recipe: WanRecipe) -> tuple[Teacher, nn.Module]:
         freeze(m)
     return teacher, auditor
 
-# %% ../../nbs/wan/02_train.ipynb #491ae056
+# %% ../../nbs/wan/02_train.ipynb #961f7e30
 def small_wan(run: Run, made: FilmData) -> tuple[Teacher, nn.Module]:
     """The small Wan of this recipe and the auditor: from the cache, from the reference, or trained now."""
     file, key = wan_file(run), run.recipe.key(*DECIDES)
@@ -226,7 +226,7 @@ def small_wan(run: Run, made: FilmData) -> tuple[Teacher, nn.Module]:
         set_scale(vae, flat, made)
         auditor = train_auditor(run, made).module
         teacher = train_teacher(run, made, vae, flat, auditor)
-        if is_main(): save_wan(file, teacher, auditor.cpu(), key)
+        save_wan(file, teacher, auditor.cpu(), key)     # by every rank: all hold the same bits, the file is put in place whole, and nobody waits for another
     return load_wan(file, run.recipe)
 
 # %% ../../nbs/wan/02_train.ipynb #c822d09b
@@ -303,7 +303,7 @@ def reconstructed(flat: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
     """What the VAE makes of pictures [N, 3, S, S]: the best that any model behind it can show."""
     return torch.cat([images_of(flat, latents_of(flat, some)) for some in images.split(batch)])
 
-# %% ../../nbs/wan/02_train.ipynb #1127f78d
+# %% ../../nbs/wan/02_train.ipynb #54064214
 def question_of(answers: Answers, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     """n points of stored paths with their times and texts: what pruning asks."""
     batch = answers.fetch(range(min(n, len(answers))))
@@ -314,7 +314,9 @@ def question_of(answers: Answers, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
 def pruned_student(recipe: WanRecipe, teacher: Teacher, answers: Answers) -> tuple[nn.Module, dict[str, Any]]:
     """(the student before any training, what was cut); of the last expert where there are two."""
     part, source = recipe.student, teacher.transformer_2 or teacher.transformer
-    return prune(flat_transformer(source).cpu().float(), question_of(answers), part.layers, part.heads, part.ffn)
+    small, cut = prune(flat_transformer(source).cpu().float(), question_of(answers), part.layers, part.heads, part.ffn)
+    if part.checkpointing: small.enable_gradient_checkpointing()
+    return small, cut
 
 # %% ../../nbs/wan/02_train.ipynb #520c6e1e
 def train_velocity(lesson: Lesson, net: nn.Module, kept: Sequence[int], stop_at: int | None = None) -> nn.Module:
