@@ -118,7 +118,7 @@ def _single_file(file: Path, folder: Path, dtype: torch.dtype) -> nn.Module:
     try: return WanTransformer3DModel.from_single_file(str(file), config=str(folder), subfolder="transformer", dtype=dtype, local_files_only=True)
     except Exception as e: raise UserError(f"{file}: cannot be read as Wan's transformer ({(str(e).strip() or type(e).__name__).splitlines()[0][:160]})") from None
 
-# %% ../../nbs/wan/01d_teachers.ipynb #aecedbe7
+# %% ../../nbs/wan/01d_teachers.ipynb #f972a25d
 A14B = {"num_attention_heads": 40, "attention_head_dim": 128, "in_channels": 16, "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40}
 
 
@@ -143,7 +143,7 @@ def plan(recipe: WanRecipe, gpus: int = 8, tflops: float = 989, use: float = 0.4
               "few": (3 * (d.evaluations + d.fake_steps) * one(p_s, l_s, d_s) + 2 * one(p_t, l_t, d_t)) * recipe.few.batch * recipe.few.steps}
     hours = {k: f / (tflops * 1e12 * use) / 3600 for k, f in {"answers": asked, **stages}.items()}
     gib, byte = 2**30, 1 if part.dtype == "fp8" else 2
-    memory = {"teacher, both experts": 2 * p_t * byte / gib, "teacher, one at a time": p_t * byte / gib, "student, AdamW in fp32": 16 * p_s / gib, "the same over the GPUs (FSDP)": 16 * p_s / gib / gpus}
+    memory = {"teacher, both experts": 2 * p_t * byte / gib, "teacher, one at a time": p_t * byte / gib, "student, AdamW in fp32": 16 * p_s / gib, "the same, were it sharded over the GPUs (not built)": 16 * p_s / gib / gpus}
     return {"teacher parameters": 2 * p_t, "student parameters": p_s, "tokens": n, "GiB a GPU": {k: round(v, 1) for k, v in memory.items()}, "answers on disk, GiB": round(d.asked * (part.steps + 1) * 16 * (height // 8) * (width // 8) * 2 / gib),
             "GPU hours": {k: round(v, 1) for k, v in hours.items()} | {"all": round(sum(hours.values()), 1)}, f"hours on {gpus} GPUs": round(sum(hours.values()) / gpus, 1),
             "pictures a second that the teacher must answer for a day": round(d.asked / 86400, 2), "command": f"torchrun --nproc_per_node {gpus} -m kilobench train wan --preset {recipe.preset} teacher.download=true"}
