@@ -27,7 +27,7 @@ from .projection import flat_vae
 from .recipe import WanRecipe
 from .train import DECISION, WAN, draw_for, load_wan, reconstructed, train
 
-# %% ../../nbs/wan/03_evaluate.ipynb #9ca8c12d
+# %% ../../nbs/wan/03_evaluate.ipynb #4e97242c
 @dataclass(frozen=True)
 class Drawer:
     """One row: who is asked, along which σ, by how many evaluations a picture."""
@@ -41,15 +41,16 @@ class Drawer:
 def drawers(recipe: WanRecipe, teacher: Teacher, null: Tensor, networks: Mapping[str, nn.Module]) -> dict[str, Drawer]:
     """Row → Drawer; `null` [1, L, D]: the empty prompt's text."""
     part, few = recipe.teacher, student_sigmas(recipe)
-    full, n = sigmas_of(part.steps, part.shift), len(few) - 1
+    full, steps, n = sigmas_of(part.steps, part.shift), part.steps, len(few) - 1
     one, size = torch.tensor([1.0, 0.0]), parameters(teacher.transformer)
     wise = guided(teacher.velocity, null, part.guidance)
-    rows = {"teacher": Drawer("teacher", wise, full, 2 * part.steps, size),
+    rows = {"teacher": Drawer("teacher", wise, full, 2 * steps, size),
             f"teacher, {n} steps": Drawer("baseline", wise, few, 2 * n, size), f"teacher, {n} steps, no guidance": Drawer("baseline", teacher.velocity, few, n, size)}
     own = lambda role, name, sigmas=few: Drawer(role, asker(networks[name]), sigmas, len(sigmas) - 1, parameters(networks[name]))
     rows |= {"student": own("student", "student"), "student, 1 evaluation": own("student", "student", one), "pruned, not distilled": own("baseline", "pruned")}
     for name, title in (("velocity", "after stage 1"), ("follow", "after stage 2"), ("consistency", "stage 3: consistency"), ("dmd", "stage 3: dmd")): rows[title] = own("student", name)
-    rows["WanLite from scratch"] = own("baseline", "lite")
+    lite = networks["lite"]
+    rows |= {"WanLite from scratch": own("baseline", "lite"), f"WanLite, {steps} steps": Drawer("baseline", guided(asker(lite), null, part.guidance), full, 2 * steps, parameters(lite))}
     return rows
 
 # %% ../../nbs/wan/03_evaluate.ipynb #b9ffbad7
@@ -122,7 +123,7 @@ def no_films(recipe: WanRecipe) -> None:
     """Real weights cannot be scored here: a one-line `UserError`."""
     if recipe.teacher.path: raise UserError("evaluate: the auditor knows our films only, so students of real weights are not scored here; their training logs the distance to the teacher, and `kilobench predict wan --compare` shows both")
 
-# %% ../../nbs/wan/03_evaluate.ipynb #9afa4ba6
+# %% ../../nbs/wan/03_evaluate.ipynb #73fa1502
 def stamp_of(recipe: WanRecipe, n: int) -> Stamp:
     """How everything here was measured."""
     side = recipe.data.image_size
@@ -142,8 +143,9 @@ def evaluate(run: Run) -> None:
     card = Scorecard(run, stamp_of(r, benches["test"].n))
     for split, bench in benches.items():
         for name, d in rows.items():
+            seeds = r.score.seeds if split == "test" else 1
             found = []
-            for seed in range(r.score.seeds if split == "test" else 1):
+            for seed in range(seeds):
                 images = bench.draw(d, seed)
                 found.append(bench.score(images))
                 if seed == 0: drawn[split, name] = images
