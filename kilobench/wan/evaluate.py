@@ -156,7 +156,7 @@ def evaluate(run: Run) -> None:
     draw_pictures(card, made, benches, drawn)
     card.write()
 
-# %% ../../nbs/wan/03_evaluate.ipynb #4e4f7d60
+# %% ../../nbs/wan/03_evaluate.ipynb #51e01356
 def write_rows(card: Scorecard, run: Run, rows: Mapping[str, Drawer], scores: Mapping[tuple[str, str], Mapping[str, Any]], drawn: Mapping[tuple[str, str], Tensor], bench: Bench, price: Mapping[str, Mapping[str, Any]]) -> None:
     """Rows, ceilings, criteria and the test for collapse."""
     test = {n: s for (split, n), s in scores.items() if split == "test"}
@@ -171,7 +171,7 @@ def write_rows(card: Scorecard, run: Run, rows: Mapping[str, Drawer], scores: Ma
             features = read(bench.auditor, drawn["test", name])[1]
             metrics |= {"memorised": {"test": memorised(features, bench.features, train_features)}, "MMD": {"test": kernel_mmd(features, bench.features[bench.n:])}}
             metrics |= {k: {"test": v} for k, v in precision_recall(bench.features[bench.n:], features, k=min(5, bench.n - 1)).items()}
-        role = rows[name].role if name in rows else "control"
+        role = rows[name].role if name in rows else "baseline" if name == "reconstructions" else "control"     # who shows the films themselves is a ceiling, no control
         card.row(name, role, metrics, {**price.get(name, {}), **training_cost(run, name)})
     best = accuracy(bench.found, bench.words)
     for k, v in best.items(): card.ceiling(f"{k}/test", v, "reconstructions of test films, read alike")
@@ -191,13 +191,13 @@ def card_images(run: Run, n: int = 4000) -> Tensor:
     made = data(run)
     return made.fetch(made.rows("train")[:n])["image"]
 
-# %% ../../nbs/wan/03_evaluate.ipynb #2267ccd8
+# %% ../../nbs/wan/03_evaluate.ipynb #a43e7e17
 def draw_pictures(card: Scorecard, made: FilmData, benches: Mapping[str, Bench], drawn: Mapping[tuple[str, str], Tensor], n: int = 8) -> None:
     """The scorecard's pictures."""
     shown = ("teacher", "student", "student, 1 evaluation", "pruned, not distilled", "WanLite from scratch")
     weak = [k for _, k in drawn if k.startswith("teacher, ")][:2]
     for split, title in (("test", "the same prompts and the same noise"), ("unseen", "combinations that nobody was trained on")):
         bench, rows = benches[split], made.rows(split)
-        titles = [c.split(",")[0][2:].replace(" on a ", "\n") for c in made.captions(rows[:n])]
+        titles = [f"{f.size} {f.colour}\n{f.shape}, {f.background}" for f in map(made.film, rows[:n])]
         table = {"film, through the VAE": bench.real[:n], **{k: drawn[split, k][:n] for k in (*shown[:2], *dict.fromkeys(weak), *shown[2:])}}
         card.picture(title, montage(table, titles=titles, size=1.0), caption="one column a prompt", hero=split == "test")
