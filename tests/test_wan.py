@@ -15,9 +15,10 @@ from kilobench.core.scorecard import Report, Scorecard
 from kilobench.core.teacher import module_hash
 from kilobench.wan import commands
 from kilobench.wan.auditor import SEEN, Auditor, accuracy
-from kilobench.wan.counterfactual import Prompt, edits_of, explorer
+from kilobench.wan.counterfactual import Prompt, edits_of, explorer, reader
 from kilobench.wan.data import SPLITS, WORDS, DataPart, Film, changed, check_data, contents, data, draw, draw_films, load_data, prompts_of, read_prompts, unseen_combination
 from kilobench.wan.distillation import asker, consistency_terms, critic_terms, matching_terms, path_of, segment_of, student_sigmas, trajectory_terms
+from kilobench.wan.evaluate import Bench
 from kilobench.wan.model import Teacher, WanLiteStudent, encode_text, flat_moments, follow, generate, guided, lite_config, moments, noised, sigmas_of, small_teacher, small_text_encoder, small_tokenizer
 from kilobench.wan.projection import flat_transformer, flat_vae, load_flat, save_original, velocity
 from kilobench.wan.pruning import prune, without_block
@@ -345,6 +346,29 @@ def test_edits_change_one_word_and_come_back():
         after = e.do(p)
         differ = [k for k in WORDS if getattr(after.film, k) != getattr(p.film, k)]
         assert differ == ([e.target] if e.target else []) and e.null == (after == p) and (e.undo is None or e.undo(after) == p)
+
+
+def test_an_edit_is_read_by_the_word_that_it_exchanged():
+    p = Prompt(Film("ring", "yellow", "large", "grey"), 3)
+    after = {e.kind: e.do(p) for e in edits_of(p)}
+    def seen(found):
+        """An auditor that sees these four words in every picture."""
+        net = Auditor().eval()
+        for k, i in zip(SEEN, found):
+            torch.nn.init.zeros_(net.heads[k].weight)
+            net.heads[k].bias.data = torch.nn.functional.one_hot(torch.tensor(i), len(WORDS[k])).float()
+        return lambda prompt: bool(reader(net)(torch.rand(1, 3, 16, 16), [prompt])[0])
+    colour, shape = after["colour"].film.numbers[1], after["shape"].film.numbers[0]
+    look = seen(((shape + 1) % 6, colour, 0, 0))     # the new colour, not the new shape
+    assert look(after["colour"]) and not look(after["shape"]) and not look(after["motion"]) and look(after["blank"])
+    assert seen(p.film.numbers[:4])(after["motion"]) and not seen(p.film.numbers[:4])(after["colour"])
+
+
+def test_reconstructions_are_as_near_as_the_floor(run):
+    """The ceiling's pictures are none of those that they are compared with."""
+    made, (teacher, auditor) = load_data(run), load_wan(run.path("export", WAN), run.recipe)
+    bench = Bench(run, made, "test", teacher, auditor)
+    assert bench.again.shape == bench.real[:bench.n].shape and not any(torch.equal(a, b) for a in bench.again for b in bench.real)
 
 
 def test_the_explorer_follows(run):

@@ -6,7 +6,7 @@
 __all__ = ['Drawer', 'drawers', 'controls', 'over_seeds', 'Bench', 'costs', 'state_criteria', 'no_films', 'stamp_of', 'evaluate',
            'write_rows', 'training_cost', 'card_images', 'draw_pictures']
 
-# %% ../../nbs/wan/03_evaluate.ipynb #3a5a2090
+# %% ../../nbs/wan/03_evaluate.ipynb #f4e66b68
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +18,10 @@ from ..core.run import Run, read_json, stage
 from ..core.scorecard import Scorecard, rebuild
 from ..core.show import montage
 from ..core.teacher import freeze
-from ..core.training import seconds_trained
+from ..core.training import mix, seconds_trained
 from .auditor import EXTRACTOR, FD, accuracy, measure, read
 from .data import FilmData, data
+from .data import draw as draw_film
 from .distillation import asker, student_sigmas
 from .model import Teacher, Velocity, generate, guided, images_of, sigmas_of
 from .projection import flat_vae
@@ -67,7 +68,7 @@ def over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         out[k] = {"mean": float(v.mean())} | ({"sd": float(v.std())} if len(v) > 1 else {})
     return out
 
-# %% ../../nbs/wan/03_evaluate.ipynb #a7915b29
+# %% ../../nbs/wan/03_evaluate.ipynb #c5aca640
 class Bench:
     """One split: its prompts as texts, reconstructions of its films, and what the auditor sees in them."""
     def __init__(self, run: Run, made: FilmData, split: str, teacher: Teacher, auditor: nn.Module):
@@ -77,6 +78,8 @@ class Bench:
         shown = made.fetch(rows[:2 * self.n])
         self.images, self.words = shown["image"], shown["words"]
         self.real = reconstructed(self.flat, self.images)
+        again = torch.rand(self.n, 4, generator=torch.Generator().manual_seed(mix(r.seed, "drawn again", split)))
+        self.again = reconstructed(self.flat, draw_film(self.words[:self.n], again, 1, r.data.image_size)[:, 0])      # what the prompts say, in films that are not among the real ones
         self.found, self.features = read(auditor, self.real)
         with torch.no_grad(): self.text = torch.cat([teacher.encode(made.captions(rows[k:k + 64])) for k in range(0, self.n, 64)])[:self.n]
         side = r.data.image_size // 4
@@ -123,7 +126,7 @@ def no_films(recipe: WanRecipe) -> None:
     """Real weights cannot be scored here: a one-line `UserError`."""
     if recipe.teacher.path: raise UserError("evaluate: the auditor knows our films only, so students of real weights are not scored here; their training logs the distance to the teacher, and `kilobench predict wan --compare` shows both")
 
-# %% ../../nbs/wan/03_evaluate.ipynb #73fa1502
+# %% ../../nbs/wan/03_evaluate.ipynb #e9742cff
 def stamp_of(recipe: WanRecipe, n: int) -> Stamp:
     """How everything here was measured."""
     side = recipe.data.image_size
@@ -150,8 +153,8 @@ def evaluate(run: Run) -> None:
                 found.append(bench.score(images))
                 if seed == 0: drawn[split, name] = images
             scores[split, name] = over_seeds(found)
-        for name, images in controls(bench.real[:bench.n]).items(): scores[split, name] = over_seeds([bench.score(images)])
-        scores[split, "reconstructions"] = over_seeds([bench.score(bench.real[:bench.n])])
+        for name, images in controls(bench.again).items(): scores[split, name] = over_seeds([bench.score(images)])
+        scores[split, "reconstructions"] = over_seeds([bench.score(bench.again)])
     write_rows(card, run, rows, scores, drawn, benches["test"], costs(rows, teacher, benches["test"].flat, benches["test"].text, benches["test"].shape, 3 if r.preset == "smoke" else 15))
     draw_pictures(card, made, benches, drawn)
     card.write()
