@@ -64,7 +64,7 @@ class StudentPart(Part):
     lite_depth: int = Field(3, ge=1, description="WanLiteStudent: blocks")
     lite_heads: int = Field(4, ge=1, description="WanLiteStudent: heads")
 
-# %% ../../nbs/wan/00a_recipe.ipynb #908bf54a
+# %% ../../nbs/wan/00a_recipe.ipynb #aa2ab630
 class DistilPart(Part):
     """What the student is taught, and how many evaluations it may take."""
     asked: int = Field(6000, ge=8, description="times the teacher is asked for a picture, each with noise of its own")
@@ -73,7 +73,7 @@ class DistilPart(Part):
     middle: float = Field(0.75, gt=0, lt=1, description="σ between them; equally spaced in u where there are more than two")
     w_feature: float = Field(0.2, ge=0, description="stage 1: weight of the teacher's features")
     w_pair: float = Field(0.25, ge=0, description="stage 3: weight of the teacher's own answers beside the distribution's gradient")
-    fake_lr: float = Field(1e-3, gt=0, description="stage 3, dmd: learning rate of the critic that follows the student")
+    fake_lr: float = Field(2e-3, gt=0, description="stage 3, dmd: learning rate of the critic that follows the student")
     fake_steps: int = Field(2, ge=1, description="stage 3, dmd: its steps for each of the student's")
     last: Literal["better", "consistency", "dmd"] = Field("better", description="stage 3: whose student is kept; better: by validation")
 
