@@ -245,7 +245,10 @@ def test_real_weights_are_distilled_from_their_folder(layouts, tmp_path, outputs
     (tmp_path / "p.txt").write_text("a cat\na dog\n")
     r = open_run("wan", "smoke", tmp_path / "run", TINY + f" teacher.path={layouts / 'whole'} data.data_path={tmp_path / 'p.txt'} epochs=2")
     train(r)
-    assert not r.path("export", WAN).exists() and "pair" in r.path("metrics-velocity.csv").read_text().splitlines()[0] and r.path("metrics-velocity.csv").read_text().splitlines()[-1].startswith("8,")
+    real, _ = teacher_of(r, load_data(r))
+    answers = ask_teacher(r, real, ["a cat", "a dog"], (4, 4, 4))
+    assert len(answers) == 14 and list(answers.rest) == [14, 15], "students are judged on answers that they never saw"
+    assert not r.path("export", WAN).exists() and "pair" in r.path("metrics-velocity.csv").read_text().splitlines()[0] and r.path("metrics-velocity.csv").read_text().splitlines()[-1].startswith("7,")
     commands.predict(prompt="a cat", out=tmp_path / "x.png", compare=True, run=str(r.dir), scale=1)
     assert Image.open(tmp_path / "x.png").height == 16
     from kilobench.wan.evaluate import evaluate

@@ -42,7 +42,7 @@ def store_texts(run: Run, teacher: Teacher, prompts: Sequence[str]) -> Shards:
     said = {"prompts": mix(*asked), "text_encoder": module_hash(teacher.text_encoder)}
     return build_shards(run.cache("texts", "data", "teacher", "seed", extra=said), make, len(asked), shard_size=512, meta=said, store={"text": "fp16", "tokens": "keep"}, progress=False)
 
-# %% ../../nbs/wan/02a_distillation.ipynb #31ef4004
+# %% ../../nbs/wan/02a_distillation.ipynb #60730fa1
 def ask_teacher(run: Run, teacher: Teacher, prompts: Sequence[str], shape: Sequence[int]) -> "Answers":
     """The guided teacher's paths for `distil.asked` draws of noise of `shape` [C, h, w], prompts in turn; computed once, resumable shard by shard."""
     r, texts = run.recipe, store_texts(run, teacher, prompts)
@@ -64,19 +64,19 @@ def ask_teacher(run: Run, teacher: Teacher, prompts: Sequence[str], shape: Seque
 
     where = run.cache("answers", "data", "teacher", "seed", extra={**said, "asked": r.distil.asked, "prompts": mix(*prompts)})
     shards = build_shards(where, make, r.distil.asked, shard_size=r.distil.shard, meta=said, store={"noise": "fp16", "v": "fp16", "prompt": "keep"})
-    return Answers(shards, texts, sigmas, length)
+    return Answers(shards, texts, sigmas, length, held=min(64, len(shards) // 8) if r.teacher.path else 0)
 
 
 def _padded(text: Tensor, length: int) -> Tensor: return F.pad(text, (0, 0, 0, length - text.shape[1]))
 
-# %% ../../nbs/wan/02a_distillation.ipynb #7d804c32
+# %% ../../nbs/wan/02a_distillation.ipynb #89c283ec
 class Answers(Dataset):
-    """Stored paths: fetch(indices) → noise [B, C, h, w], v [B, K, C, h, w], text [B, L, D]; `sigmas` [K + 1]."""
-    def __init__(self, shards: Shards, texts: Shards, sigmas: Tensor, length: int):
-        self.shards, self.sigmas = shards, sigmas
+    """Stored paths: fetch(indices) → noise [B, C, h, w], v [B, K, C, h, w], text [B, L, D]; `sigmas` [K + 1]. The last `held` are not counted, so nothing is trained on them; `rest` are their indices."""
+    def __init__(self, shards: Shards, texts: Shards, sigmas: Tensor, length: int, held: int = 0):
+        self.shards, self.sigmas, self.rest = shards, sigmas, range(len(shards) - held, len(shards))
         self.texts = _padded(texts.fetch(range(len(texts)), ["text"])["text"], length)
 
-    def __len__(self) -> int: return len(self.shards)
+    def __len__(self) -> int: return self.rest.start
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         out = self.shards.fetch(indices)
         return {"noise": out["noise"], "v": out["v"], "text": self.texts[out["prompt"]]}

@@ -103,7 +103,7 @@ def costs(rows: Mapping[str, Drawer], teacher: Teacher, flat: nn.Module, text: T
     return {n: {"params": d.params, "fewer_params": rows[first].params / d.params, "evaluations": d.evaluations, **{f"latency_ms_{k}": ms[k][n] for k in sizes}, **{f"speedup_{k}": ms[k][first] / ms[k][n] for k in sizes},
                 "batch": sizes["batched"], "device": device_name(torch.device("cpu")), "threads": torch.get_num_threads()} for n, d in rows.items()}
 
-# %% ../../nbs/wan/03_evaluate.ipynb #5768e1e9
+# %% ../../nbs/wan/03_evaluate.ipynb #458c6c90
 def state_criteria(card: Scorecard, scores: Mapping[str, Mapping[str, Any]], ceiling: float, evaluations: int) -> None:
     """What is asked of teacher and student on split `test`."""
     mean = lambda row, metric: scores[row][metric]["mean"]
@@ -117,6 +117,7 @@ def state_criteria(card: Scorecard, scores: Mapping[str, Mapping[str, Any]], cei
     say("student: faster, one picture at a time", "student", "cost/speedup_b1", ">=", 30.0)
     say("student: faster, a picture of a batch", "student", "cost/speedup_batched", ">=", 30.0)
     say("the test discriminates", f"teacher, {evaluations} steps, no guidance", "fd_over_student/test", ">=", 5.0)
+    say("the test discriminates, with guidance", f"teacher, {evaluations} steps", "fd_over_student/test", ">=", 5.0, "kilobench: at twice the student's evaluations")
     say("student: nothing memorised", "student", "memorised/test", "<=", 0.05)
     say("student: diversity", "student", "diversity/test", ">=", 0.9)
     say("distillation pays: nearer than from scratch", "student", "fd_over_lite/test", "<=", 0.5)

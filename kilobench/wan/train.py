@@ -271,9 +271,9 @@ class Lesson:
 
 JUDGED = ("fd", "words_acc", "all_acc")
 
-# %% ../../nbs/wan/02_train.ipynb #9abf54db
+# %% ../../nbs/wan/02_train.ipynb #bbeb7395
 def lesson_of(run: Run, made: FilmData, teacher: Teacher, auditor: nn.Module | None, answers: Answers) -> Lesson:
-    """The `Lesson` of a run; without an auditor students are judged by their distance to the teacher's own answers."""
+    """The `Lesson` of a run; without an auditor students are judged by their distance to answers of the teacher that they were not trained on."""
     flat, rows = freeze(flat_vae(teacher.vae)).to(run.device), made.rows("val")
     ends = student_sigmas(run.recipe)
     for m in teacher.modules.values():
@@ -291,9 +291,9 @@ def lesson_of(run: Run, made: FilmData, teacher: Teacher, auditor: nn.Module | N
 
 
 @torch.no_grad()
-def pair_distance(velocity: Velocity, answers: Answers, ends: Tensor, device: Any, n: int = 64) -> float:
-    """Root mean square distance of latents to the teacher's, from the same noise and text, over the last n answers."""
-    batch = answers.fetch(range(max(0, len(answers) - n), len(answers)))
+def pair_distance(velocity: Velocity, answers: Answers, ends: Tensor, device: Any) -> float:
+    """Root mean square distance of latents to the teacher's, from the same noise and text, over the answers that nothing is trained on."""
+    batch = answers.fetch(answers.rest)
     made = generate(velocity, batch["noise"].to(device), batch["text"].to(device), ends).cpu()
     return float((made - path_of(batch["noise"], batch["v"], answers.sigmas)[:, -1]).square().mean().sqrt())
 
