@@ -318,7 +318,7 @@ def _half(source: Path, goal: Path) -> None:
 
 # %% ../../nbs/core/12_series.ipynb #3aa27119
 def _small_pictures(run: Run, say: Callable[[str], None]) -> dict[str, bytes]:
-    """Name → bytes of the run's PNGs, by name, until 3 MiB are full; a training's strips stay with the run, one over 100 KiB gets 256 colours. What else is left out is said."""
+    """Name → bytes of the run's PNGs, by name, until 3 MiB are full; one over 100 KiB gets 256 colours. A training's strips stay with their run; what else is left out is said."""
     chosen: dict[str, bytes] = {}
     for p in sorted(run.path("figures").glob("*.png")):
         if re.search(r"-\d{7}$", p.stem): continue     # a strip, named by its step
