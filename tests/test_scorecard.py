@@ -253,6 +253,7 @@ def test_the_best_of_a_cost_is_the_cheap_and_the_fast_one(run):
 
 
 def test_counts_and_floors_have_no_better_side(run):
+    assert better("size_acc/test") == "higher" and better("size") == "lower" and sideless("size_acc_sd/test") and sideless("FD over floor_sd") and not sideless("size_acc")
     assert better("MMD/generated") == better("memorised") == "lower" and not sideless("FD over floor/x") and better("FD over floor") == "lower"
     card = fill(Scorecard(run, Stamp()))
     card.row("slots", "student", {"elements": {"iid": 9.0}})

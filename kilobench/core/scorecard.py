@@ -116,16 +116,16 @@ BAD = set("lpips loss mse rmse mae l1 l2 fd mmd memorised leakage seam error err
 def better(metric: str) -> Literal["higher", "lower"]:
     """Which way a metric is better, by the words of its name: 'psnr/iid' → higher, 'rand-LPIPS' → lower, 'order_equal' → higher."""
     words = set(re.split(r"[_\-\s()]+", metric.split("/")[0].lower()))
-    return "lower" if words & BAD and not words & {"equal", "psnr", "speedup"} else "higher"
+    return "lower" if words & BAD and not words & {"equal", "psnr", "speedup", "acc"} else "higher"
 
 
 SIDELESS = {"n", "elements", "floor"}
 
 
 def sideless(metric: str) -> bool:
-    """Is neither more nor less of it better? Counts and floors; a ratio over one ('FD over floor') has a side."""
+    """Is neither more nor less of it better? Counts, floors and spreads over seeds (sd); a ratio over one ('FD over floor') has a side."""
     words = set(re.split(r"[_\-\s()]+", metric.split("/")[0].lower()))
-    return bool(words & SIDELESS) and "over" not in words
+    return "sd" in words or bool(words & SIDELESS) and "over" not in words
 
 
 def finite(value: Any) -> float | None:

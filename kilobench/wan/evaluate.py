@@ -59,13 +59,13 @@ def controls(real: Tensor) -> dict[str, Tensor]:
     """Row → pictures, from reconstructions [N, 3, S, S] of the films that the prompts describe."""
     return {"mean picture": real.mean(0, keepdim=True).expand_as(real), "film of another prompt": real.roll(1, 0)}
 
-# %% ../../nbs/wan/03_evaluate.ipynb #97d91d41
+# %% ../../nbs/wan/03_evaluate.ipynb #e2512722
 def over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Metric → {mean, sd} over seeds, sd where there are two or more."""
+    """Metric → {mean, sd} over seeds; sd where the seeds differ."""
     out: dict[str, Any] = {}
     for k in found[0]:
         v = torch.tensor([f[k] for f in found], dtype=torch.float64)
-        out[k] = {"mean": float(v.mean())} | ({"sd": float(v.std())} if len(v) > 1 else {})
+        out[k] = {"mean": float(v.mean())} | ({"sd": float(v.std())} if len(v.unique()) > 1 else {})
     return out
 
 # %% ../../nbs/wan/03_evaluate.ipynb #c5aca640
