@@ -427,6 +427,15 @@ def test_the_compact_student_follows_its_teachers_only_when_it_has_some():
     assert all(p.grad is None for p in teachers.parameters())
 
 
+def test_teachers_answer_to_the_first_items_only():
+    recipe, batch, asked = DesignRecipe.make("smoke"), tiny_batch(), []
+    teachers = Teachers(build("encoder", recipe), build("abstractor", recipe)).eval()
+    teachers.register_forward_pre_hook(lambda module, given: asked.append(len(given[0])))
+    student = build("compact", recipe)
+    third, whole = (student_loss(student, batch, LossPart(taught=share), teachers) for share in (1 / 3, 1.0))
+    assert asked == [2, 6] and third["goal"].item() == pytest.approx(whole["goal"].item() * (1 - 1 / 6) / 0.5, rel=1e-3)
+
+
 @pytest.mark.parametrize("preset", ["smoke", "cpu", "full"])
 def test_the_compact_student_is_at_most_an_eighth(preset):
     check_sizes(DesignRecipe.make(preset, {"resnet.pretrained": False}))

@@ -83,6 +83,7 @@ class LossPart(Part):
     seen: float = Field(0.2, ge=0, description="distance of a few-step student's guess to its target in the encoder's maps (ours)")
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
+    taught: float = Field(1.0, gt=0, le=1, description="share of a batch's items to which the teachers answer; the rest has the truth alone")
 
 # %% ../../nbs/design/00a_recipe.ipynb #58143b63
 TRAININGS = ("train", "judge", "distil", "baseline", "audit", "denoise", "halve", "tune", "reward")
@@ -97,7 +98,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cpu": {**NARROW, **each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
             "counterfactuals": 30, "train.steps": 3400, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 850, "audit.steps": 1400,
             "judge.steps": 560, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
-            **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 400, "baseline.steps": 800,
+            **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 800, "loss.taught": 0.25, "baseline.steps": 800,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
             **each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),

@@ -69,13 +69,14 @@ def teach_loss(logits: Tensor, answers: Mapping[str, Tensor], taught: Tensor, sa
 
 # %% ../../nbs/design/02_train.ipynb #00189ecb
 def student_loss(student: nn.Module, batch: Mapping[str, Tensor], part: LossPart, teachers: nn.Module | None) -> dict[str, Tensor]:
-    """The compact student's terms: from the truth and, with teachers, `part.teach` of the whole from them."""
+    """The compact student's terms: from the truth and, with teachers, `part.teach` of the whole from them, for the batch's first `part.taught` items."""
     logits, answers = student(batch["image"])
-    share = part.teach if teachers is not None else 0.0
+    n = max(1, round(part.taught * len(logits))) if teachers is not None and part.teach else 0
+    share = part.teach * n / len(logits)
     terms = {k: (1 - share) * v for k, v in (composite_loss(logits, batch["structure"], part) | answer_loss(answers, batch, part)).items()}
-    if not share: return terms
-    with torch.no_grad(): taught, said = teachers(batch["image"])
-    return terms | {k: share * v for k, v in teach_loss(logits, answers, taught, said, part).items()}
+    if not n: return terms
+    with torch.no_grad(): taught, said = teachers(batch["image"][:n])
+    return terms | {k: share * v for k, v in teach_loss(logits[:n], {k: v[:n] for k, v in answers.items()}, taught, said, part).items()}
 
 # %% ../../nbs/design/02_train.ipynb #e233758c
 def reader_of(name: str, module: nn.Module) -> Callable[[Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]:
