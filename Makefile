@@ -20,6 +20,7 @@ help:
 	@echo "make run      the main job: kilobench run renderer --preset cpu, at most ten minutes on two cores"
 	@echo "make test     everything CI checks"
 	@echo "make lab      JupyterLab on localhost"
+	@echo "make docs     the site into outputs/docs/html: notebooks executed, API, how-tos; looked at in Chromium where there is one"
 	@echo "make install  only the set-up (.venv); PYTHON=… chooses the interpreter, 3.11 or newer"
 	@echo "make clean    removes build leftovers; .venv and outputs/ stay"
 
@@ -62,8 +63,8 @@ check: $(STAMP)
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ip 127.0.0.1 nbs/index.ipynb
 
-docs:
-	@echo "make docs: the site is not there yet: it needs docs/conf.py (Sphinx + myst-nb, DESIGN §7), which belongs to a later issue" >&2; exit 2
+docs: $(STAMP)
+	@$(BIN)/python docs/build.py
 
 clean:
 	@rm -rf build dist kilobench.egg-info .pytest_cache .ruff_cache .hypothesis $(SCRATCH)
