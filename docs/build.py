@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 from check import main as look_at_site  # noqa: E402
 from convert import page, plain_title, without_skipped  # noqa: E402
-from references import FILLERS, scorecard_pages  # noqa: E402
+from references import FILLERS, gallery, scorecard_pages  # noqa: E402
 
 from kilobench.core.recipe import UserError, find_projects  # noqa: E402
 from kilobench.core.run import atomic_write  # noqa: E402
@@ -98,12 +98,19 @@ def execute_all(jobs: int) -> None:
 
 # ---- 2. pages ----
 
+SMOKE = ":::{note}\nExecuted at `smoke` size: the path of a real run in seconds, with figures and pictures of a toy. What the committed `cpu` run reached is on [the project's page](index.md).\n:::"
+
+
 def write_notebook(notebook: Path, names: set[str]) -> None:
     """The page of one notebook, from its executed copy where there is one."""
     where = notebook.relative_to(ROOT / "nbs")
     copy = EXECUTED / where
     (SOURCE / where).parent.mkdir(parents=True, exist_ok=True)
-    nbformat.write(page(nbformat.read(copy if copy.exists() else notebook, 4), where, names), SOURCE / where)
+    shown = page(nbformat.read(copy if copy.exists() else notebook, 4), where, names)
+    if notebook in {s.notebook for s in (find_series(where.parts[0]) if where.parts[0] in find_projects() else [])}:
+        shown.cells.insert(1, nbformat.v4.new_markdown_cell(SMOKE))
+        if said := gallery(where.parts[0], where.stem): shown.cells.append(nbformat.v4.new_markdown_cell(said))
+    nbformat.write(shown, SOURCE / where)
 
 
 def write_api() -> None:
@@ -154,7 +161,7 @@ def assemble() -> None:
 def sphinx(fresh: bool) -> int:
     """sphinx-build with docs/conf.py; the number it exits with."""
     if fresh: shutil.rmtree(HTML, ignore_errors=True)
-    return subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "2", "-c", str(ROOT / "docs"), "-d", str(OUT / "doctrees"), *(["-E"] if fresh else []),
+    return subprocess.run([sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "2", "-c", str(ROOT / "docs"), "-D", f"html_static_path={SOURCE / '_static'}", "-d", str(OUT / "doctrees"), *(["-E"] if fresh else []),
                            str(SOURCE), str(HTML)], env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode
 
 

@@ -2,12 +2,14 @@
 import shutil
 import sys
 from pathlib import Path
+from urllib.parse import unquote, urlparse
 
 from playwright.sync_api import Page, sync_playwright
 
 BROWSER = next((b for name in ("chromium", "chromium-browser", "google-chrome") if (b := shutil.which(name))), None)
 LOOK = """() => ({ lost: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src.slice(0, 120)),
-  wide: document.documentElement.scrollWidth - innerWidth, title: document.title, drawn: document.querySelectorAll(".kb-plotly").length, taped: document.querySelectorAll(".kb-recording").length })"""
+  wide: document.documentElement.scrollWidth - innerWidth, title: document.title, drawn: document.querySelectorAll(".kb-plotly").length, taped: document.querySelectorAll(".kb-recording").length,
+  links: [...new Set([...document.links].map(a => a.href.split("#")[0].split("?")[0]))].filter(h => h.startsWith("file:")) })"""
 
 
 class Watch:
@@ -29,7 +31,8 @@ def look(page: Page, watch: Watch, html: Path, file: Path) -> tuple[list[str], d
     at = file.relative_to(html).as_posix()
     page.goto(file.as_uri(), wait_until="load")
     seen = page.evaluate(LOOK)
-    said = [f"{at}: picture is lost: {s}" for s in seen["lost"]] + ([f"{at}: {seen['wide']} px wider than the window"] if seen["wide"] > 1 else [])
+    dead = [u for u in seen["links"] if not Path(unquote(urlparse(u).path)).exists()]
+    said = [f"{at}: picture is lost: {s}" for s in seen["lost"]] + [f"{at}: leads nowhere: {u}" for u in dead] + ([f"{at}: {seen['wide']} px wider than the window"] if seen["wide"] > 1 else [])
     return said + watch.complaints(at), seen
 
 

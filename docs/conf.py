@@ -12,9 +12,9 @@ _ini.read(ROOT / "settings.ini", encoding="utf-8")
 project, author, release = "kilobench", _ini["DEFAULT"]["author"], _ini["DEFAULT"]["version"]
 copyright = _ini["DEFAULT"]["copyright"]
 extensions = ["myst_nb", "sphinx.ext.autodoc", "mathml"]
-root_doc, exclude_patterns, html_static_path = "index", ["_static"], ["_static"]
+root_doc, exclude_patterns = "index", ["_static"]      # html_static_path: build.py says it, the folder that it has filled
 
-nb_execution_mode, nb_merge_streams, nb_number_source_lines = "off", True, False
+nb_execution_mode, nb_merge_streams, nb_code_prompt_show, nb_code_prompt_hide = "off", True, "imports", "imports"
 nb_mime_priority_overrides = [("html", "text/html", 0), ("html", "image/svg+xml", 5), ("html", "image/png", 10)]
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_block"]
 myst_heading_anchors = 3
@@ -23,15 +23,17 @@ myst_title_to_header = False
 html_theme, html_title = "pydata_sphinx_theme", "kilobench"
 html_css_files, html_js_files = ["kilobench.css"], [("kilobench.js", {"defer": "defer"})]
 html_show_sourcelink = html_copy_source = html_show_sphinx = False
+html_show_search_summary = False      # it fetches the pages found, which no browser allows from disk
+html_context = {"default_mode": "auto"}
 html_theme_options = {"logo": {"text": "kilobench"}, "show_prev_next": True, "navbar_align": "left", "header_links_before_dropdown": 9, "navigation_with_keys": False, "secondary_sidebar_items": ["page-toc"],
                       "footer_start": ["copyright"], "footer_end": [], "show_toc_level": 2, "pygments_light_style": "a11y-light", "pygments_dark_style": "a11y-dark"}
 html_sidebars = {"index": [], "**": ["sidebar-nav-bs"]}
 
 autodoc_member_order, autodoc_typehints, autodoc_preserve_defaults, autodoc_class_signature = "bysource", "signature", True, "mixed"
-autodoc_default_options = {"undoc-members": False, "exclude-members": "model_config, model_post_init"}
+autodoc_default_options = {"undoc-members": False, "exclude-members": "model_config, model_post_init, set"}      # `set`: matplotlib writes one into every Figure
 maximum_signature_line_length = 100
 python_maximum_signature_line_length = 100
-suppress_warnings = ["mystnb.unknown_mime_type"]
+suppress_warnings = ["ref.python"]      # `bytes` in a signature is the type, also where a class has a property of that name
 
 
 def as_rst(lines: list[str]) -> list[str]:

@@ -2,20 +2,22 @@
 from latex2mathml.converter import convert
 
 
-def _say(node) -> str: return node.astext().strip()
+def _mathml(text: str, display: str) -> str:
+    """MathML of a formula; the bar of \\overline is the character that browsers know how to stretch."""
+    return convert(text, display=display).replace("&#x02015;", "&#x0203E;").replace("\u2015", "\u203e")
 
 
 def inline(self, node) -> None:
     """A formula in a line."""
     from docutils import nodes
-    self.body.append(f'<span class="math">{convert(_say(node))}</span>')
+    self.body.append(f'<span class="math">{_mathml(node.astext().strip(), "inline")}</span>')
     raise nodes.SkipNode
 
 
 def display(self, node) -> None:
     """A formula of its own, one block for each part that an empty line sets apart."""
     from docutils import nodes
-    self.body.append("".join(f'<div class="math">{convert(part, display="block")}</div>' for part in _say(node).split("\n\n") if part.strip()))
+    self.body.append("".join(f'<div class="math">{_mathml(part, "block")}</div>' for part in node.astext().split("\n\n") if part.strip()))
     raise nodes.SkipNode
 
 

@@ -40,6 +40,13 @@ def picture(project: str, name: str, caption: str) -> str:
     return f":::{{figure}} /_static/references/{project}/{name}\n:alt: {caption}\n:class: kb-wide\n\n{caption}\n:::"
 
 
+def gallery(project: str, stage: str) -> str:
+    """For the pages of 03_evaluate and 04_counterfactual: what the committed run drew there, as a last section; '' elsewhere."""
+    found = [f for f in sorted((_home(project) / "figures").glob("*.png")) if f.name.startswith("what-if") == stage.endswith("counterfactual")]
+    if not found or not stage.endswith(("evaluate", "counterfactual")): return ""
+    return "\n\n".join(["## The committed run", f"The same pictures from the reference of the `{PRESET}` preset, in place of the toy's above.", *(picture(project, f.name, _words(f)) for f in found)])
+
+
 def verdict(project: str) -> str: return Report.load(_home(project)).verdict
 
 
