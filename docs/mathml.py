@@ -1,10 +1,21 @@
 """Formulas as MathML, made when the site is built: every current browser draws them without a script, MathJax would be fetched from a network."""
+from xml.etree import ElementTree
+
 from latex2mathml.converter import convert
+
+NAMESPACE = "http://www.w3.org/1998/Math/MathML"
+ElementTree.register_namespace("", NAMESPACE)
+BAR, OVERLINE = "\u2015", "border-top: .06em solid; padding-top: .15em"
 
 
 def _mathml(text: str, display: str) -> str:
-    """MathML of a formula; the bar of \\overline is the character that browsers know how to stretch."""
-    return convert(text, display=display).replace("&#x02015;", "&#x0203E;").replace("\u2015", "\u203e")
+    """MathML of a formula; the bar of \\overline is drawn as a border, because without a mathematical font no browser stretches the character."""
+    root = ElementTree.fromstring(convert(text, display=display))
+    for over in [e for e in root.iter(f"{{{NAMESPACE}}}mover") if len(e) == 2 and e[1].text == BAR]:
+        over.tag = f"{{{NAMESPACE}}}mrow"
+        over.set("style", OVERLINE)
+        over.remove(over[1])
+    return ElementTree.tostring(root, encoding="unicode")
 
 
 def inline(self, node) -> None:
