@@ -27,7 +27,7 @@ from convert import page, plain_title, without_skipped  # noqa: E402
 from references import FILLERS, gallery, scorecard_pages  # noqa: E402
 
 from kilobench.core.recipe import UserError, find_projects  # noqa: E402
-from kilobench.core.run import atomic_write  # noqa: E402
+from kilobench.core.run import atomic_write, reference_dir  # noqa: E402
 from kilobench.core.series import execute, find_series  # noqa: E402
 
 OUT = Path(os.environ.get("KILOBENCH_OUTPUTS") or ROOT / "outputs").resolve() / "docs"
@@ -77,7 +77,7 @@ def run_stages(project: str) -> str:
     kept = home / "docs-key"
     if kept.exists() and kept.read_text() == key: return ""
     shutil.rmtree(home, ignore_errors=True)
-    env = os.environ | QUIET | {"KILOBENCH_OUTPUTS": str(RUNS), "KILOBENCH_RECORD": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | QUIET | {"KILOBENCH_OUTPUTS": str(RUNS), "PYTHONPATH": str(ROOT)}
     said = subprocess.run([sys.executable, "-m", "kilobench", "run", project, "--preset", "smoke", "--name", "docs"], env=env, text=True, capture_output=True)
     if said.returncode: raise UserError(f"{project}: its series stopped: {said.stderr.strip()[-400:]}")
     for s in find_series(project):
@@ -87,10 +87,33 @@ def run_stages(project: str) -> str:
     return f"series {project}: {time.perf_counter() - began:.0f} s"
 
 
+TAPE = """
+import importlib, sys
+from pathlib import Path
+from kilobench.core.record import recording
+from kilobench.core.run import reference_dir
+commands = importlib.import_module(f"kilobench.{sys.argv[1]}.commands")
+student = reference_dir(sys.argv[1], "cpu") / f"{commands.STUDENTS[0]}.safetensors"
+Path(sys.argv[2]).write_text(recording(commands.explore(student)) if student.exists() else "", encoding="utf-8")
+"""
+
+
+def record(project: str) -> str:
+    """The explorer of the reference's student, recorded: what its smoke-size sibling shows is a toy's guess."""
+    began, file, kept = time.perf_counter(), EXECUTED / project / "explorer.html", EXECUTED / project / "explorer.key"
+    key = key_of(sorted(reference_dir(project, "cpu").glob("*.safetensors")))
+    if kept.exists() and kept.read_text() == key: return ""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    said = subprocess.run([sys.executable, "-c", TAPE, project, str(file)], env=os.environ | QUIET | {"KILOBENCH_HEADLESS": "1", "PYTHONPATH": str(ROOT)}, text=True, capture_output=True)
+    if said.returncode: raise UserError(f"{project}: its explorer could not be recorded: {said.stderr.strip()[-400:]}")
+    atomic_write(kept, key)
+    return f"explorer {project}: {time.perf_counter() - began:.0f} s"
+
+
 def execute_all(jobs: int) -> None:
     """All series and notebooks, the long ones first."""
     stages = {s.notebook for p in find_projects() for s in find_series(p)}
-    tasks = [(run_stages, p) for p in find_projects()] + [(run_one, n) for c in chapters() for n in notebooks(c) if n not in stages]
+    tasks = [(run_stages, p) for p in find_projects()] + [(record, p) for p in find_projects()] + [(run_one, n) for c in chapters() for n in notebooks(c) if n not in stages]
     with ThreadPoolExecutor(jobs) as pool:
         for line in pool.map(lambda t: t[0](t[1]), tasks):
             if line: print(f"  {line}", flush=True)
@@ -110,6 +133,10 @@ def write_notebook(notebook: Path, names: set[str]) -> None:
     if notebook in {s.notebook for s in (find_series(where.parts[0]) if where.parts[0] in find_projects() else [])}:
         shown.cells.insert(1, nbformat.v4.new_markdown_cell(SMOKE))
         if said := gallery(where.parts[0], where.stem): shown.cells.append(nbformat.v4.new_markdown_cell(said))
+        tape = EXECUTED / where.parent / "explorer.html"
+        if where.stem.endswith("counterfactual") and tape.exists() and (played := tape.read_text(encoding="utf-8")):
+            out = nbformat.v4.new_output("display_data", data={"text/html": played})
+            shown.cells.append(nbformat.v4.new_code_cell("", metadata={"tags": ["remove-input"]}, outputs=[out]))
     nbformat.write(shown, SOURCE / where)
 
 
