@@ -6,8 +6,8 @@
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
            'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run',
            'show_table', 'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare',
-           'functions_of', 'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
-           'look_at_options', 'look_at_house', 'doctor']
+           'functions_of', 'load_command', 'Verb', 'notebooks', 'new', 'look_at_packages', 'look_at_devices',
+           'look_at_lpips', 'look_at_options', 'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
@@ -376,13 +376,22 @@ def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="a new folder, or
     source, rooms = notebooks_dir(), sorted(p.name for p in notebooks_dir().glob("[!._]*/"))
     if project and project not in rooms: raise UserError(f"project: {nearest(project, rooms)}")
     found = [f.relative_to(source) for f in sorted((source / project).rglob("*.ipynb"))]
-    files = [f for f in found if not any(part.startswith(".") for part in f.parts)]
+    files = [f for f in found if not any(part.startswith((".", "_")) for part in f.parts)]
     there = [f for f in files if (folder / f).exists()]
     if there: raise UserError(f"{folder / there[0]} is already there; choose another folder, nothing was written")
     for f in files:
         (folder / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / f, folder / f)
     print(f"{len(files)} notebooks in {folder.absolute()}; run yours with `kilobench run {project or 'PROJECT'} --notebooks {folder.absolute() / (project or 'PROJECT')}`")
+
+# %% ../../nbs/core/13_cli.ipynb #d60bf0f7
+@app.command()
+def new(name: Annotated[str, _arg(metavar="NAME", help="a new lower-case Python name, such as my_project")]) -> None:
+    """Write a new project to begin from: small, whole, working as it stands."""
+    from kilobench.core.new import checkout, write_project
+    made = write_project(name, checkout())
+    print(f"{made[0].parent}: {len(made)} notebooks, exported to kilobench/{name}; `kilobench run {name}` runs them as they stand")
+    print("Yours, at the head of a paragraph, says what to put in the place of what follows; after editing: nbdev_export && nbdev_clean")
 
 # %% ../../nbs/core/13_cli.ipynb #623487aa
 Finding = tuple[str, str, str, str]  # what, state, found, what to do
