@@ -6,8 +6,8 @@
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
            'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run',
            'show_table', 'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare',
-           'functions_of', 'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
-           'look_at_options', 'look_at_house', 'doctor']
+           'functions_of', 'load_command', 'Verb', 'empty_folder', 'run_behind', 'notebooks', 'new', 'look_at_packages',
+           'look_at_devices', 'look_at_lpips', 'look_at_options', 'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
@@ -108,18 +108,18 @@ _arg, _opt = functools.partial(typer.Argument, show_default=False), functools.pa
 def _complete_projects() -> list[str]: return find_projects()
 def _complete_runs() -> list[str]: return find_runs()
 
-Project = Annotated[str, _arg(metavar="PROJECT", help="see `kilobench list`", autocompletion=_complete_projects)]
-Overrides = Annotated[list[str] | None, _arg(metavar="[NAME=VALUE]...", help="recipe values: data.n=100 seed=7", autocompletion=_fields)]
+Project = Annotated[str, _arg(metavar="PROJECT", help="See `kilobench list`.", autocompletion=_complete_projects)]
+Overrides = Annotated[list[str] | None, _arg(metavar="[NAME=VALUE]...", help="Recipe values: data.n=100 seed=7.", autocompletion=_fields)]
 Preset = Annotated[str, typer.Option("--preset", "-p", help="smoke | cpu | full", autocompletion=_presets)]
-Name = Annotated[str, _opt("--name", help="the run's name under outputs/PROJECT/ (default: preset and overrides decide)")]
+Name = Annotated[str, _opt("--name", help="The run's name under outputs/PROJECT/; default: preset and overrides decide.")]
 Device = Annotated[str, _opt("--device", help="auto | cpu | cuda | cuda:N | mps; the same as device=…")]
-OneRun = Annotated[str, _arg(metavar="RUN", help="a folder, or PROJECT/NAME, or PROJECT for its newest", autocompletion=_complete_runs)]
-Stages = Annotated[list[str] | None, _opt("--only", help="this stage only; may be given again", autocompletion=_stages)]
-Start = Annotated[str, _opt("--from", help="this stage and those after it", autocompletion=_stages)]
-Fresh = Annotated[bool, typer.Option("--fresh", help="do the chosen stages anew; what was there moves to .old/")]
-Reference = Annotated[bool, typer.Option("--reference", help="publish the finished run into outputs/reference/")]
-Params = Annotated[list[str] | None, _opt("--param", help="a notebook's own parameter, NAME=VALUE; may be given again")]
-Edited = Annotated[Path | None, _opt("--notebooks", help="a folder with your edited copies of the notebooks")]
+OneRun = Annotated[str, _arg(metavar="RUN", help="A folder, or PROJECT/NAME, or PROJECT for its newest.", autocompletion=_complete_runs)]
+Stages = Annotated[list[str] | None, _opt("--only", help="This stage only; may be given again.", autocompletion=_stages)]
+Start = Annotated[str, _opt("--from", help="This stage and those after it.", autocompletion=_stages)]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Do the chosen stages anew; what was there moves to .old/.")]
+Reference = Annotated[bool, typer.Option("--reference", help="Publish the finished run into outputs/reference/.")]
+Params = Annotated[list[str] | None, _opt("--param", help="A notebook's own parameter, NAME=VALUE; may be given again.")]
+Edited = Annotated[Path | None, _opt("--notebooks", help="A folder with your edited copies of the notebooks.")]
 
 # %% ../../nbs/core/13_cli.ipynb #f4833cde
 def resolve_run(word: str) -> Run:
@@ -242,7 +242,7 @@ def _run_row(name: str) -> tuple:
     except UserError as e: return name, str(e), None, "", "", ""
 
 @app.command("list")
-def list_all(project: Annotated[str, _arg(help="only this one", autocompletion=_complete_projects)] = "") -> None:
+def list_all(project: Annotated[str, _arg(metavar="[PROJECT]", help="Only this one.", autocompletion=_complete_projects)] = "") -> None:
     """List projects with their presets, and the runs under outputs/."""
     projects = find_projects()
     if project and project not in projects: raise UserError(f"project: {nearest(project, projects)}")
@@ -255,7 +255,7 @@ def list_all(project: Annotated[str, _arg(help="only this one", autocompletion=_
 # %% ../../nbs/core/13_cli.ipynb #74257433
 @app.command()
 def recipe(project: Project, overrides: Overrides = None, preset: Preset = "smoke",
-           yaml: Annotated[bool, typer.Option("--yaml", help="as the YAML of recipe.yaml")] = False) -> None:
+           yaml: Annotated[bool, typer.Option("--yaml", help="As the YAML of recipe.yaml.")] = False) -> None:
     """Print every value of a recipe, with its unit."""
     made = load_recipe_class(project).make(preset, _values(project, overrides))
     if yaml: print(made.to_yaml(), end="")
@@ -298,7 +298,7 @@ def show(run: OneRun) -> None:
     print(closing(made))
 
 @app.command()
-def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="two or more, as for show", autocompletion=_complete_runs)]) -> None:
+def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="Two or more, as for show.", autocompletion=_complete_runs)]) -> None:
     """Put the rows of several runs side by side; refused where they were measured differently."""
     from kilobench.core.scorecard import compare as compare_reports
     files = list(dict.fromkeys(resolve_run(r).path("report.json") for r in runs))
@@ -368,15 +368,29 @@ class Verb(TyperGroup):
 for _verb, _help in VERBS.items():
     app.add_typer(typer.Typer(cls=Verb), name=_verb, help=_help, subcommand_metavar="PROJECT ...", context_settings=HELP)
 
+# %% ../../nbs/core/13_cli.ipynb #a44e9c19
+def empty_folder(path: Path, option: str = "--out") -> Path:
+    """The folder, made where it is not there; one that holds something, or cannot be made, is a UserError."""
+    try: path.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise UserError(f"{option} {path}: cannot be made ({e.strerror}); choose another folder") from None
+    if any(path.iterdir()): raise UserError(f"{option} {path}: is not empty; choose a new folder")
+    return path
+
+def run_behind(project: str, student: Path) -> Run:
+    """The run that a student's file, as `find_student` gives it, belongs to; of a reference, a UserError."""
+    dir = student.parents[1]
+    if (dir / "recipe.yaml").exists() and (dir / "stages.json").exists(): return Run.load(dir)
+    raise UserError(f"{student.parent}: is a reference, not a run; make a run with `kilobench run {project}`")
+
 # %% ../../nbs/core/13_cli.ipynb #eb6d9aa7
 @app.command()
-def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="a new folder, or one without these notebooks")],
-              project: Annotated[str, _opt("--project", help="only this one", autocompletion=_complete_projects)] = "") -> None:
+def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="A new folder, or one without these notebooks.")],
+              project: Annotated[str, _opt("--project", help="Only this one.", autocompletion=_complete_projects)] = "") -> None:
     """Copy the notebooks for editing; `run --notebooks DIR/PROJECT` runs your copies."""
     source, rooms = notebooks_dir(), sorted(p.name for p in notebooks_dir().glob("[!._]*/"))
     if project and project not in rooms: raise UserError(f"project: {nearest(project, rooms)}")
     found = [f.relative_to(source) for f in sorted((source / project).rglob("*.ipynb"))]
-    files = [f for f in found if not any(part.startswith(".") for part in f.parts)]
+    files = [f for f in found if not any(part.startswith((".", "_")) for part in f.parts)]
     there = [f for f in files if (folder / f).exists()]
     if there: raise UserError(f"{folder / there[0]} is already there; choose another folder, nothing was written")
     for f in files:
@@ -384,29 +398,41 @@ def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="a new folder, or
         shutil.copyfile(source / f, folder / f)
     print(f"{len(files)} notebooks in {folder.absolute()}; run yours with `kilobench run {project or 'PROJECT'} --notebooks {folder.absolute() / (project or 'PROJECT')}`")
 
+# %% ../../nbs/core/13_cli.ipynb #d60bf0f7
+@app.command()
+def new(name: Annotated[str, _arg(metavar="NAME", help="A new lower-case Python name, such as my_project.")]) -> None:
+    """Write a new project to begin from: small, whole, working as it stands."""
+    from kilobench.core.new import checkout, write_project
+    made = write_project(name, checkout())
+    print(f"{made[0].parent}: {len(made)} notebooks, exported to kilobench/{name}; `kilobench run {name}` runs them as they stand")
+    print("Yours, at the head of a paragraph, says what to put in the place of what follows; after editing: nbdev_export && nbdev_clean")
+
 # %% ../../nbs/core/13_cli.ipynb #623487aa
 Finding = tuple[str, str, str, str]  # what, state, found, what to do
 
 def _pins() -> dict[str, str]:
-    """Package → pinned version, from requirements.txt in a checkout; empty in a wheel."""
+    """Package → pinned version, from requirements.txt in a checkout; for a wheel what it requires, "" where the version is not pinned."""
     file = (project_root() or Path("/nonexistent")) / "requirements.txt"
-    return dict(re.findall(r"^([\w.-]+)==(\S+)", file.read_text(), re.M)) if file.exists() else {}
+    if file.exists(): return dict(re.findall(r"^([\w.-]+)==(\S+)", file.read_text(), re.M))
+    with suppress(importlib.metadata.PackageNotFoundError):
+        return {m[0]: "" for r in importlib.metadata.requires("kilobench") or () if "extra ==" not in r and (m := re.match(r"[\w.-]+", r))}
+    return {}
 
 def _installed(name: str) -> str:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return ""
 
 def look_at_packages() -> list[Finding]:
-    """Python, and every pinned package whose version is another."""
+    """Python, and every package that is missing or, where it is pinned, of another version."""
     ok = sys.version_info >= (3, 11)
     rows = [("python", "ok" if ok else "broken", f"{sys.version.split()[0]} at {sys.executable}", "" if ok else "3.11 or newer is needed")]
     pins = _pins()
     for name, want in pins.items():
         have = _installed(name)
-        if not have: rows.append((name, "missing", f"pinned {want}", f"pip install {name}=={want}, or make install"))
-        elif have.split("+")[0] != want: rows.append((name, "optional", have, f"pip install {name}=={want} if results differ"))
-    same = sum(_installed(n).split("+")[0] == v for n, v in pins.items())
-    return rows + ([("packages", "ok", f"{same} of {len(pins)} as pinned", "")] if pins else [])
+        if not have: rows.append((name, "missing", f"pinned {want}" if want else "required", f"pip install {name}=={want}, or make install" if want else f"pip install {name}"))
+        elif want and have.split("+")[0] != want: rows.append((name, "optional", have, f"pip install {name}=={want} if results differ"))
+    same = sum(_installed(n).split("+")[0] == v if v else bool(_installed(n)) for n, v in pins.items())
+    return rows + ([("packages", "ok", f"{same} of {len(pins)} {'as pinned' if any(pins.values()) else 'that it requires'}", "")] if pins else [])
 
 # %% ../../nbs/core/13_cli.ipynb #6b566290
 def look_at_devices() -> list[Finding]:

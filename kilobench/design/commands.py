@@ -8,12 +8,13 @@ __all__ = ['STUDENTS', 'ANSWERING', 'MAX_PIXELS', 'load_answering', 'on_pasteboa
 
 # %% ../../nbs/design/05_commands.ipynb #6387ed16
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 import typer
-from ..core.cli import find_student
+from ..core.cli import empty_folder, find_student, run_behind
 from ..core.recipe import UserError
-from ..core.run import Run, atomic_path, write_json
+from ..core.run import atomic_path, write_json
 
 # %% ../../nbs/design/05_commands.ipynb #dcf2b3d2
 STUDENTS = ("compact", "alone", "encoder", "abstractor", "few")   # files of a run's export/ folder; the first is meant unless another is named
@@ -83,7 +84,7 @@ def take_apart(image: Path, out: Path, run: str, student: str) -> None:
     from kilobench.core.show import to_pil
     model, size, file = load_answering(student, run)
     pictures, readings = answer(on_pasteboard(image, size), model)
-    print(f"student: {file}")
+    print(f"student: {file}", file=sys.stderr)
     for name, picture in ({"picture": on_pasteboard(image, size)} | pictures).items():
         with atomic_path(out / f"{name}.png") as tmp: to_pil(picture).resize((256, 256), 0).save(tmp, format="PNG")
     write_json(out / "reading.json", readings)
@@ -115,7 +116,7 @@ def draw_designs(out: Path, goal: str, format: str, tone: float | None, n: int, 
     steps = tuple(config["parts"]["decoder.rungs"])[-1]
     noise = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
     pictures = sample(model, brief_of(*labels), noise, steps, 1.0, model.kind)
-    print(f"student: {file}, {steps} steps")
+    print(f"student: {file}, {steps} steps", file=sys.stderr)
     said = []
     for k, (picture, *brief) in enumerate(zip(pictures, *labels)):
         with atomic_path(out / f"design-{k:03d}.png") as tmp: to_pil(picture).resize((256, 256), 0).save(tmp, format="PNG")
@@ -142,30 +143,28 @@ def predict(image: Annotated[Path | None, typer.Option(help="The design to take 
             tone: Annotated[float | None, typer.Option(help="Of new designs: 0 (quiet) to 1 (loud).")] = None,
             n: Annotated[int, typer.Option("--n", "-n", min=1, max=1000, help="How many new designs.")] = 9,
             seed: Annotated[int, typer.Option(min=0, help="Seed of the new designs.")] = 0,
-            out: Annotated[Path | None, typer.Option(help="Folder for what is written; default: reading, or new-designs.")] = None,
-            run: Annotated[str, typer.Option(help="The run whose network answers; default: the newest, else the reference.")] = "",
-            student: Annotated[str, typer.Option(help="Who takes apart: compact | alone | unet+resnet")] = "compact") -> None:
+            out: Annotated[Path | None, typer.Option(help="Folder to write into; default: reading, or new-designs.")] = None,
+            run: Annotated[str, typer.Option(help="The run whose student answers; default: the newest, else the reference.")] = "",
+            student: Annotated[str, typer.Option(help="Which network takes apart: compact | alone | unet+resnet.")] = "compact") -> None:
     """Take a design apart (--image), or draw new ones for a brief (--goal, --format, --tone)."""
     asked = bool(goal or format or tone is not None)
-    if image is not None and asked: raise UserError("--image takes a design apart, --goal, --format and --tone draw new ones; give one or the other")
+    if image is not None and asked: raise UserError("predict: --image takes a design apart, --goal, --format and --tone draw new ones; give one or the other")
     if image is not None: return take_apart(image, out or Path("reading"), run, student)
-    if not asked: raise UserError("give --image FILE to take a design apart, or --goal, --format or --tone to draw new ones")
+    if not asked: raise UserError("predict: give --image FILE to take a design apart, or --goal, --format or --tone to draw new ones")
     draw_designs(out or Path("new-designs"), goal, format, tone, n, seed, run)
 
 # %% ../../nbs/design/05_commands.ipynb #3878c691
 def data(out: Annotated[Path, typer.Option(help="Folder to write images/, f_tensors/ and metadata/ into.")] = Path("designs"),
          n: Annotated[int, typer.Option("--n", "-n", min=20, max=1_000_000, help="How many designs.")] = 200,
-         size: Annotated[int, typer.Option(min=64, max=512, help="Their side in pixels, a multiple of 64.")] = 64,
+         size: Annotated[int, typer.Option(min=64, max=512, help="Side of a picture, pixels, a multiple of 64.")] = 64,
          seed: Annotated[int, typer.Option(min=0, help="Seed of the designs.")] = 42,
-         look: Annotated[str, typer.Option("--check", help="Look over a folder of your own instead, and say what a training would see.")] = "") -> None:
+         look: Annotated[Path | None, typer.Option("--check", help="Look over a folder of your own instead, and say what a training would see.")] = None) -> None:
     """Draw designs with their structures and scores into a folder, or check a folder of your own."""
     from kilobench.design.data import make_designs
     from kilobench.design.recipe import DataPart
-    if look: return check_folder(Path(look), size)
+    if look: return check_folder(look, size)
     if size % 64: raise UserError(f"--size {size}: expected a multiple of 64")
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror}); choose another folder") from None
-    if any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
+    empty_folder(out)
     make_designs(out, DataPart(n=max(n, 200), size=size).model_copy(update={"n": n}), seed)
     print(f"{out}: {n} designs; train on them with `kilobench run design --preset cpu {shlex.quote(f'data.folder={out}')}{'' if size == 64 else f' data.size={size}'}`")
 
@@ -184,7 +183,7 @@ def check_folder(folder: Path, size: int) -> None:
 # %% ../../nbs/design/05_commands.ipynb #8edddfa7
 def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, or x.safetensors.")] = Path("student.onnx"),
            run: Annotated[str, typer.Option(help="The run whose student is written; default: the newest, else the reference.")] = "",
-           student: Annotated[str, typer.Option(help="compact | alone")] = "compact") -> None:
+           student: Annotated[str, typer.Option(help="Which student: compact | alone.")] = "compact") -> None:
     """Write a compact student as ONNX (with a parity check) or safetensors."""
     import torch
     from kilobench.core.export import save_student, to_onnx
@@ -208,9 +207,8 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     import hashlib
     from kilobench.design.data import file_of, load_data
     from kilobench.design.train import load_trained
-    dir = find_student("design", STUDENTS, run).parents[1]
-    if not (dir / "recipe.yaml").exists() or not (dir / "stages.json").exists(): raise UserError(f"{dir}: is a reference, not a run; make a run with `kilobench run design`")
-    made = load_data(Run.load(dir))
+    dir = (owner := run_behind("design", find_student("design", STUDENTS, run))).dir
+    made = load_data(owner)
     for i, entry in enumerate(made.entries):
         for kind, array, key in zip(("images", "f_tensors"), made.arrays(i), ("content", "structure")):
             if hashlib.sha256(array.tobytes()).hexdigest()[:16] != entry[key]: raise UserError(f"{file_of(made.root, kind, i)}: damaged, its content is not the one in {made.dir / 'index.json'}; restore it, or remove {made.dir} to make the set again")

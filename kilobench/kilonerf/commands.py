@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 import typer
-from ..core.cli import find_student
+from ..core.cli import empty_folder, find_student, run_behind
 from ..core.recipe import UserError, nearest
 from ..core.run import Run, atomic_path, keep_memory
 
@@ -53,15 +53,15 @@ def write_video(path: Path, frames: Iterator[Any], fps: int) -> int:
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #d1289b1f
 def predict(camera_path: Annotated[str, typer.Option("--camera-path", help="orbit | test: a video along a path; without it, one pose.")] = "",
-            out: Annotated[Path, typer.Option(help="x.mp4 or x.gif for a path, x.png for one pose.")] = Path("view.png"),
+            out: Annotated[Path, typer.Option(help="The picture to write, such as x.png; with a path, x.mp4 or x.gif.")] = Path("prediction.png"),
             azimuth: Annotated[float, typer.Option(help="Degrees from +x towards +y.")] = 40.0,
             elevation: Annotated[float, typer.Option(min=-90, max=90, help="Degrees above the horizon.")] = 25.0,
             distance: Annotated[float, typer.Option(min=0.1, max=1000, help="Distance from the scene's centre, scene units.")] = 4.03,
             size: Annotated[int, typer.Option(min=16, max=2048, help="Side of the picture, pixels.")] = 400,
             frames: Annotated[int, typer.Option(min=2, max=2000, help="Frames of a path.")] = 60,
             fps: Annotated[int, typer.Option(min=1, max=120, help="Frames per second of the video.")] = 24,
-            run: Annotated[str, typer.Option(help="The run whose student is drawn; default: the newest, else the reference.")] = "",
-            student: Annotated[str, typer.Option(help="kilo | baseline")] = "kilo") -> None:
+            run: Annotated[str, typer.Option(help="The run whose student answers; default: the newest, else the reference.")] = "",
+            student: Annotated[str, typer.Option(help="Which student: kilo | baseline.")] = "kilo") -> None:
     """Draw a view of the student, or a video along a camera path."""
     suffixes = (".mp4", ".gif") if camera_path else (".png", ".jpg", ".jpeg", ".webp")
     if out.suffix.lower() not in suffixes: raise UserError(f"--out {out}: expected {' or '.join('x' + s for s in suffixes)}" + ("" if camera_path else "; for a video give --camera-path orbit"))
@@ -96,16 +96,16 @@ def save_view(out: Path, drawn: Any, camera: Any, made: Any) -> None:
     print(f"{out}{said}")
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #6aad83fa
-def data(out: Annotated[Path, typer.Option(help="A new folder for photographs, poses, Gaussians and the teacher's frames.")] = Path("bricks"),
-         size: Annotated[int, typer.Option(min=16, max=1600, help="Side of the photographs, pixels.")] = 200,
-         splats: Annotated[int, typer.Option(min=500, max=200_000, help="Gaussians.")] = 40_000,
-         train: Annotated[int, typer.Option(min=2, help="Training photographs; as many for validation.")] = 100,
-         test: Annotated[int, typer.Option(min=2, help="Test photographs.")] = 200,
-         seed: Annotated[int, typer.Option(help="Seed of poses and Gaussians.")] = 2025,
-         look: Annotated[str, typer.Option("--check", help="Look over a scene folder of your own instead, and say what a training would see.")] = "") -> None:
+def data(out: Annotated[Path, typer.Option(help="Folder to write photographs, poses, Gaussians and the teacher's frames into.")] = Path("bricks"),
+         size: Annotated[int, typer.Option(min=16, max=1600, help="Side of a photograph, pixels.")] = 200,
+         splats: Annotated[int, typer.Option(min=500, max=200_000, help="How many Gaussians.")] = 40_000,
+         train: Annotated[int, typer.Option(min=2, help="How many training photographs; as many for validation.")] = 100,
+         test: Annotated[int, typer.Option(min=2, help="How many test photographs.")] = 200,
+         seed: Annotated[int, typer.Option(min=0, help="Seed of poses and Gaussians.")] = 2025,
+         look: Annotated[Path | None, typer.Option("--check", help="Look over a scene folder of your own instead, and say what a training would see.")] = None) -> None:
     """Write the brick model as a scene folder, or check a folder of your own."""
-    if look: return check_folder(Path(look))
-    if out.exists() and any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
+    if look: return check_folder(look)
+    empty_folder(out)
     from kilobench.kilonerf.bricks import default_model, model_splats, write_scene
     model = default_model()
     write_scene(out, model, size, 2, {"train": train, "val": train, "test": test}, seed, model_splats(model, splats, seed=seed, size=size))
@@ -161,7 +161,7 @@ def check_folder(folder: Path) -> None:
 # %% ../../nbs/kilonerf/05_commands.ipynb #e9998d8f
 def export(out: Annotated[Path, typer.Option(help="What to write: x.safetensors (the student), x.splat or x.ply (the teacher).")] = Path("student.safetensors"),
            run: Annotated[str, typer.Option(help="The run whose student or teacher is written; default: the newest, else the reference.")] = "",
-           student: Annotated[str, typer.Option(help="kilo | baseline")] = "kilo") -> None:
+           student: Annotated[str, typer.Option(help="Which student: kilo | baseline.")] = "kilo") -> None:
     """Write the student as safetensors, or its teacher's Gaussians as .splat or .ply."""
     file = find_student("kilonerf", STUDENTS, run, student)
     if out.suffix == ".safetensors":
@@ -177,16 +177,15 @@ def export(out: Annotated[Path, typer.Option(help="What to write: x.safetensors 
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #3202c7ea
 def check(run: Annotated[str, typer.Option(help="The run to check; default: the newest.")] = "",
-          folder: Annotated[str, typer.Option(help="A scene folder with teacher/ assets to check instead.")] = "",
-          frames: Annotated[int, typer.Option(min=1, help="Test frames that a scene folder must have.")] = 200) -> None:
+          folder: Annotated[Path | None, typer.Option(help="Check a scene folder with teacher/ assets instead.")] = None,
+          frames: Annotated[int, typer.Option(min=1, help="Test frames that the scene folder must have, with --folder.")] = 200) -> None:
     """Verify a run's data and students, or the teacher assets of a scene folder."""
-    if folder: return check_assets(Path(folder), frames)
+    if folder: return check_assets(folder, frames)
     from kilobench.core.shards import Shards
     from kilobench.kilonerf.data import load_data
     from kilobench.kilonerf.model import load_trained
-    dir = find_student("kilonerf", STUDENTS, run).parents[1]
-    if not (dir / "recipe.yaml").exists() or not (dir / "stages.json").exists(): raise UserError(f"{dir}: is a reference, not a run; make a run with `kilobench run kilonerf`")
-    made = load_data(Run.load(dir))
+    dir = (owner := run_behind("kilonerf", find_student("kilonerf", STUDENTS, run))).dir
+    made = load_data(owner)
     for name in ("photos", "frames-test", "frames-val", "rays"):
         if (made.cache / name).exists():
             Shards.open(made.cache / name).verify()
@@ -206,13 +205,13 @@ def check_assets(folder: Path, frames: int) -> None:
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #437fb679
 def teacher(photos: Annotated[Path, typer.Option(help="A scene folder with transforms_train.json and photographs.")],
-            out: Annotated[str, typer.Option(help="The PLY to write; default: PHOTOS/point_cloud.ply.")] = "",
+            out: Annotated[Path | None, typer.Option(help="The PLY to write; default: PHOTOS/point_cloud.ply.")] = None,
             steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = 30_000,
-            size: Annotated[int, typer.Option(min=0, max=1600, help="Side of the photographs, pixels; 0: as they are.")] = 0,
-            seed: Annotated[int, typer.Option(help="Seed of the first Gaussians and of the order of photographs.")] = 2025) -> None:
+            size: Annotated[int, typer.Option(min=0, max=1600, help="Side of a photograph, pixels; 0: as they are.")] = 0,
+            seed: Annotated[int, typer.Option(min=0, help="Seed of the first Gaussians and of the order of photographs.")] = 2025) -> None:
     """Train Gaussians from photographs (CUDA and gsplat)."""
     from kilobench.kilonerf.photos import train_teacher
-    goal = Path(out) if out else photos / "point_cloud.ply"
+    goal = out or photos / "point_cloud.ply"
     if not photos.is_dir(): raise UserError(f"--photos {photos}: no such folder")
     splats = train_teacher(photos, goal, steps, size or None, seed=seed)
     print(f"{goal}: {splats.n:,} Gaussians")

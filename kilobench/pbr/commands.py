@@ -8,10 +8,11 @@ __all__ = ['STUDENTS', 'SUFFIXES', 'OUTPUTS', 'photos_in', 'sample_of', 'enlarge
 
 # %% ../../nbs/pbr/05_commands.ipynb #297b4b9e
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 import typer
-from ..core.cli import find_student
+from ..core.cli import empty_folder, find_student, run_behind
 from ..core.recipe import UserError
 from ..core.run import Run, atomic_path, write_json
 
@@ -57,12 +58,12 @@ def enlarged(maps: Any, size: int) -> Any:
 
 # %% ../../nbs/pbr/05_commands.ipynb #0144fe4c
 def predict(input: Annotated[Path | None, typer.Option(help="Folder with the photographs of one material, in alphabetical order.")] = None,
-            sample_idx: Annotated[int, typer.Option(help="Or a test sample of the run, by number.")] = 0,
+            sample_idx: Annotated[int, typer.Option(min=0, help="Or a test sample of the run, by number.")] = 0,
             out: Annotated[Path, typer.Option("--out", "--out-dir", help="Folder to write the maps into.")] = Path("material"),
-            size: Annotated[int, typer.Option(min=0, max=8192, help="Side of the maps written, by Lanczos (2048, as on a phone); 0: as predicted.")] = 0,
+            size: Annotated[int, typer.Option(min=0, max=8192, help="Side of a map, pixels, by Lanczos (2048, as on a phone); 0: as predicted.")] = 0,
             known_rig: Annotated[bool, typer.Option("--rig/--no-rig", help="The lights stood where they did for the training photographs (by default: flash at the top, lower left, lower right); or nobody knows.")] = True,
-            run: Annotated[str, typer.Option(help="The run whose network answers; default: the newest, else the reference.")] = "",
-            student: Annotated[str, typer.Option(help="student | alone | teacher")] = "student") -> None:
+            run: Annotated[str, typer.Option(help="The run whose student answers; default: the newest, else the reference.")] = "",
+            student: Annotated[str, typer.Option(help="Which network: student | alone | teacher.")] = "student") -> None:
     """Read a material off photographs: four maps, an ORM texture and a glTF material."""
     import torch
     from kilobench.core.show import to_pil
@@ -80,30 +81,28 @@ def predict(input: Annotated[Path | None, typer.Option(help="Folder with the pho
     for k, p in enumerate(photos):
         with atomic_path(out / f"input_{k}.png") as tmp: to_pil(p).save(tmp, format="PNG")
     write_json(out / "material.json", {"network": str(file), "photographs": str(input or f"test sample {sample_idx}"), "rig": setup.tolist(), "size": maps.shape[-1], "normals": "OpenGL"})
-    print(f"{student}: {file}")
+    print(f"student: {file}", file=sys.stderr)
     print(f"{out}: albedo, roughness, metallic and normal (OpenGL) at {maps.shape[-1]} pixels, gltf/material.gltf with its ORM texture; "
           f"mean roughness {maps[3].mean():.2f}, metal {float((maps[4] > 0.5).float().mean()):.0%}")
 
 # %% ../../nbs/pbr/05_commands.ipynb #ef0d5775
 def data(out: Annotated[Path, typer.Option(help="Folder to write input/ and output/ into.")] = Path("materials"),
          n: Annotated[int, typer.Option("--n", "-n", min=3, max=100_000, help="How many materials to draw.")] = 40,
-         size: Annotated[int, typer.Option(min=32, max=4096, help="Side of photographs and maps, pixels.")] = 256,
-         seed: Annotated[int, typer.Option(help="Seed of the materials.")] = 42,
-         rig: Annotated[str, typer.Option(help="fixed | lights | free")] = "fixed",
+         size: Annotated[int, typer.Option(min=32, max=4096, help="Side of a photograph and of a map, pixels.")] = 256,
+         seed: Annotated[int, typer.Option(min=0, help="Seed of the materials.")] = 42,
+         rig: Annotated[str, typer.Option(help="Where the lights stand: fixed | lights | free.")] = "fixed",
          from_textures: Annotated[Path | None, typer.Option(help="Photograph the PBR textures under this folder instead of drawing materials.")] = None,
          tiles: Annotated[int, typer.Option(min=1, max=64, help="Squares along a texture's side, with --from-textures.")] = 1,
-         look: Annotated[str, typer.Option("--check", help="Look over a folder with input/ and output/ instead, and say what a training would see.")] = "") -> None:
+         look: Annotated[Path | None, typer.Option("--check", help="Look over a folder with input/ and output/ instead, and say what a training would see.")] = None) -> None:
     """Draw and photograph materials, photograph your own textures, or check a folder."""
-    if look: return check_folder(Path(look))
+    if look: return check_folder(look)
     from kilobench.core.recipe import build, nearest
     from kilobench.core.training import mix
     from kilobench.pbr.data import photograph_textures, write_set
     from kilobench.pbr.materials import draw_material
     from kilobench.pbr.recipe import DataPart
     if rig not in ("fixed", "lights", "free"): raise UserError(f"--rig: {nearest(rig, ('fixed', 'lights', 'free'))}")
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror}); choose another folder") from None
-    if any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
+    empty_folder(out)
     part = build(DataPart, {"image_size": size, "rig": rig}, "data")
     if from_textures: samples = photograph_textures(from_textures, out, part, seed, tiles)
     else: samples = write_set(out, ((f"material_{k:04d}", draw_material(mix(seed, "material", k), size).maps) for k in range(n)), part, seed)
@@ -172,8 +171,8 @@ def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, x.safe
            palettization: Annotated[bool, typer.Option("--palettization", help="Core ML: 8-bit clustered weights; smaller, may cost quality.")] = False,
            test_resolution: Annotated[int, typer.Option(min=0, max=4096, help="Core ML: convert at this side instead, to try a phone's memory.")] = 0,
            use_sr: Annotated[bool, typer.Option("--use-sr", help="Core ML: keep the super-resolution head with --test-resolution.")] = False,
-           run: Annotated[str, typer.Option(help="The run whose network is written; default: the newest, else the reference.")] = "",
-           student: Annotated[str, typer.Option(help="student | alone | teacher")] = "student") -> None:
+           run: Annotated[str, typer.Option(help="The run whose student is written; default: the newest, else the reference.")] = "",
+           student: Annotated[str, typer.Option(help="Which network: student | alone | teacher.")] = "student") -> None:
     """Write a network as ONNX (with a parity check), safetensors or a Core ML package."""
     import torch
     from kilobench.core.export import save_student, to_onnx
@@ -225,9 +224,8 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     from kilobench.pbr.brdf import render
     from kilobench.pbr.data import load_data
     from kilobench.pbr.train import load_trained
-    dir = find_student("pbr", STUDENTS, run).parents[1]
-    if not (dir / "recipe.yaml").exists() or not (dir / "stages.json").exists(): raise UserError(f"{dir}: is a reference, not a run; make a run with `kilobench run pbr`")
-    made = load_data(Run.load(dir))
+    dir = (owner := run_behind("pbr", find_student("pbr", STUDENTS, run))).dir
+    made = load_data(owner)
     if made.packed is not None: made.packed.verify()
     print(f"data: {len(made)} samples whole in {made.dir}")
     test = made.fetch(made.rows(made.tests[0])[:64])

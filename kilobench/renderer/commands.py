@@ -15,8 +15,8 @@ from typing import Annotated
 import typer
 from PIL import Image
 from ..core.recipe import UserError
-from ..core.cli import find_student
-from ..core.run import Run, atomic_path, atomic_write
+from ..core.cli import empty_folder, find_student, run_behind
+from ..core.run import atomic_path, atomic_write
 
 # %% ../../nbs/renderer/05_commands.ipynb #b368aa93
 STUDENTS = ("slots", "film")   # the first is meant unless another is named
@@ -37,11 +37,11 @@ def answer(text: str, student: Path, scale: int = 4) -> Image.Image:
     return sheet
 
 # %% ../../nbs/renderer/05_commands.ipynb #72f1a330
-def predict(text: Annotated[str, typer.Option(help="A caption, such as 'two small red balls left of a blue cube'; without it, captions are read from stdin, one a line.")] = "",
+def predict(text: Annotated[str, typer.Option("--text", "--prompt", help="A caption, such as 'two small red balls left of a blue cube'; without it, captions are read from stdin, one a line.")] = "",
             out: Annotated[Path, typer.Option(help="The picture to write; with captions from stdin, the folder.")] = Path("prediction.png"),
             run: Annotated[str, typer.Option(help="The run whose student answers; default: the newest, else the reference.")] = "",
-            student: Annotated[str, typer.Option(help="slots | film")] = "slots",
-            scale: Annotated[int, typer.Option(min=1, max=16, help="Enlargement of the pictures.")] = 4) -> None:
+            student: Annotated[str, typer.Option(help="Which student: slots | film.")] = "slots",
+            scale: Annotated[int, typer.Option(min=1, max=16, help="Enlargement of the picture.")] = 4) -> None:
     """Draw captions: teacher | student | difference."""
     if not text and sys.stdin.isatty(): print("captions, one a line, then Ctrl-D:", file=sys.stderr)
     texts = [text] if text else [line.strip() for line in sys.stdin if line.strip()]
@@ -58,18 +58,16 @@ def predict(text: Annotated[str, typer.Option(help="A caption, such as 'two smal
 # %% ../../nbs/renderer/05_commands.ipynb #8265199a
 def data(out: Annotated[Path, typer.Option(help="Folder to write pictures and captions.jsonl into.")] = Path("scenes"),
          n: Annotated[int, typer.Option("--n", "-n", min=20, max=1_000_000, help="How many pictures.")] = 200,
-         size: Annotated[int, typer.Option(min=16, max=1024, help="Their side in pixels.")] = 64,
-         seed: Annotated[int, typer.Option(help="Seed of the scenes.")] = 42,
-         look: Annotated[str, typer.Option("--check", help="Look over a folder of your own instead, and say what a training would see.")] = "") -> None:
+         size: Annotated[int, typer.Option(min=16, max=1024, help="Side of a picture, pixels.")] = 64,
+         seed: Annotated[int, typer.Option(min=0, help="Seed of the scenes.")] = 42,
+         look: Annotated[Path | None, typer.Option("--check", help="Look over a folder of your own instead, and say what a training would see.")] = None) -> None:
     """Draw captioned scenes into a folder, or check a folder of your own."""
-    if look: return check_folder(Path(look))
+    if look: return check_folder(look)
     import numpy as np
     from kilobench.core.show import to_pil
     from kilobench.renderer.scene import STYLES, caption, random_scene
     from kilobench.renderer.teacher import render
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror}); choose another folder") from None
-    if any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
+    empty_folder(out)
     rng, lines = np.random.default_rng(seed), []
     for start in range(0, n, 256):
         scenes = [random_scene(rng) for _ in range(min(256, n - start))]
@@ -93,7 +91,7 @@ def check_folder(folder: Path) -> None:
 # %% ../../nbs/renderer/05_commands.ipynb #02607bff
 def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, or x.safetensors.")] = Path("student.onnx"),
            run: Annotated[str, typer.Option(help="The run whose student is written; default: the newest, else the reference.")] = "",
-           student: Annotated[str, typer.Option(help="slots | film")] = "slots") -> None:
+           student: Annotated[str, typer.Option(help="Which student: slots | film.")] = "slots") -> None:
     """Write a student as ONNX (with a parity check) or safetensors."""
     from kilobench.core.export import save_student, to_onnx
     from kilobench.renderer.train import load_trained
@@ -115,9 +113,8 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     from kilobench.renderer.reader import read, shown
     from kilobench.renderer.scene import parse
     from kilobench.renderer.train import load_trained
-    dir = find_student("renderer", STUDENTS, run).parents[1]
-    if not (dir / "recipe.yaml").exists() or not (dir / "stages.json").exists(): raise UserError(f"{dir}: is a reference, not a run; make a run with `kilobench run renderer`")
-    made = load_data(Run.load(dir))
+    dir = (owner := run_behind("renderer", find_student("renderer", STUDENTS, run))).dir
+    made = load_data(owner)
     made.shards.verify()
     print(f"data: {len(made.shards)} images whole in {made.dir}")
     for file in sorted((dir / "export").glob("*.safetensors")):

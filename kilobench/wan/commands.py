@@ -7,10 +7,11 @@ __all__ = ['STUDENTS', 'PICTURES', 'teacher_beside', 'drawn', 'predict', 'unknow
            'production_test', 'check', 'say_plan']
 
 # %% ../../nbs/wan/05_commands.ipynb #6812dd9d
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 import typer
-from ..core.cli import find_student
+from ..core.cli import empty_folder, find_student
 from ..core.recipe import UserError
 from ..core.run import atomic_path, atomic_write, write_json
 
@@ -49,16 +50,16 @@ def drawn(prompts: list[str], file: Path, seed: int, compare: bool, steps: int =
     return out
 
 # %% ../../nbs/wan/05_commands.ipynb #118ba40a
-def predict(prompt: Annotated[str, typer.Option(help="What to draw, such as 'a small red circle on a white background, moving left'.")] = "",
-            data_path: Annotated[Path | None, typer.Option(help="Or a text file with a prompt a line; --out is then a folder.")] = None,
-            seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
-            out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("prediction.png"),
+def predict(prompt: Annotated[str, typer.Option("--prompt", "--text", help="What to draw, such as 'a small red circle on a white background, moving left'.")] = "",
+            data_path: Annotated[Path | None, typer.Option(help="Or a text file, one prompt a line.")] = None,
+            seed: Annotated[int, typer.Option(min=0, help="Seed of the noise.")] = 0,
+            out: Annotated[Path, typer.Option(help="The picture to write; with --data-path, the folder.")] = Path("prediction.png"),
             compare: Annotated[bool, typer.Option("--compare", help="Teacher | student | difference, from the same noise.")] = False,
             steps: Annotated[int, typer.Option(min=0, max=200, help="Steps of the teacher, with --compare; 0: its recipe's.")] = 0,
             guidance: Annotated[float, typer.Option(min=0, max=30, help="Guidance of the teacher, with --compare; 0: its recipe's.")] = 0.0,
             scale: Annotated[int, typer.Option(min=1, max=32, help="Enlargement of the picture.")] = 8,
-            run: Annotated[str, typer.Option(help="The run whose student draws; default: the newest, else the reference.")] = "",
-            student: Annotated[str, typer.Option(help="student | lite")] = "student") -> None:
+            run: Annotated[str, typer.Option(help="The run whose student answers; default: the newest, else the reference.")] = "",
+            student: Annotated[str, typer.Option(help="Which student: student | lite.")] = "student") -> None:
     """Draw a prompt in two evaluations; --compare shows the teacher beside it."""
     from kilobench.core.show import beside, diff_map
     from kilobench.wan.data import read_prompts
@@ -66,6 +67,7 @@ def predict(prompt: Annotated[str, typer.Option(help="What to draw, such as 'a s
     prompts = read_prompts(data_path) if data_path else [prompt.strip()]
     if not data_path and out.suffix.lower() not in PICTURES: raise UserError(f"--out {out}: expected a picture's name, such as x.png")
     file = find_student("wan", STUDENTS, run, student)
+    print(f"student: {file}", file=sys.stderr)
     unknown_words(prompts, file)
     shown = drawn(prompts, file, seed, compare, steps, guidance)
     for i, p in enumerate(prompts):
@@ -79,7 +81,6 @@ def predict(prompt: Annotated[str, typer.Option(help="What to draw, such as 'a s
 def unknown_words(prompts: list[str], file: Path) -> list[str]:
     """The words of prompts that the small Wan's tokenizer does not know; said once on stderr."""
     import re
-    import sys
     from kilobench.wan.data import WORDS
     from kilobench.wan.model import GRAMMAR
     from kilobench.wan.recipe import WanRecipe
@@ -93,18 +94,16 @@ def unknown_words(prompts: list[str], file: Path) -> list[str]:
 # %% ../../nbs/wan/05_commands.ipynb #ab61d2d4
 def data(out: Annotated[Path, typer.Option(help="Folder to write films (PNG strips), captions.txt and prompts.txt into.")] = Path("films"),
          n: Annotated[int, typer.Option("--n", "-n", min=1, max=100_000, help="How many films.")] = 20,
-         size: Annotated[int, typer.Option(min=16, max=256, help="Side of a frame in pixels.")] = 32,
-         seed: Annotated[int, typer.Option(help="Seed of the films.")] = 42,
-         look: Annotated[str, typer.Option("--check", help="Look over a text file of prompts instead, and say what a training would see.")] = "") -> None:
+         size: Annotated[int, typer.Option(min=16, max=256, help="Side of a frame, pixels.")] = 32,
+         seed: Annotated[int, typer.Option(min=0, help="Seed of the films.")] = 42,
+         look: Annotated[Path | None, typer.Option("--check", help="Look over a text file of prompts instead, and say what a training would see.")] = None) -> None:
     """Draw captioned films into a folder, or check a file of prompts."""
     from kilobench.wan.data import PROMPTS, DataPart, Film, draw, draw_films, read_prompts
     if look:
         prompts = read_prompts(look)
         return print(f"{look}: {len(prompts)} different prompts, the longest of {max(len(p.split()) for p in prompts)} words; distil on them with `kilobench train wan --teacher-path FOLDER --data-path {look}`")
     from kilobench.core.show import beside
-    try: out.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise UserError(f"--out {out}: cannot be made ({e.strerror}); choose another folder") from None
-    if any(out.iterdir()): raise UserError(f"--out {out}: is not empty; choose a new folder")
+    empty_folder(out)
     films = draw_films(DataPart(n=max(n, 40), n_val=8, n_test=16), seed)
     for i in range(n):
         frames = draw(films["words"][i:i + 1], films["chance"][i:i + 1], 9, size)[0]
@@ -115,8 +114,8 @@ def data(out: Annotated[Path, typer.Option(help="Folder to write films (PNG stri
 
 # %% ../../nbs/wan/05_commands.ipynb #2ad4d7c7
 def export(out: Annotated[Path, typer.Option(help="A folder in diffusers' layout, or x.safetensors under the original names.")] = Path("wan-student"),
-           run: Annotated[str, typer.Option(help="The run whose network is written; default: the newest, else the reference.")] = "",
-           student: Annotated[str, typer.Option(help="student | lite")] = "student",
+           run: Annotated[str, typer.Option(help="The run whose student is written; default: the newest, else the reference.")] = "",
+           student: Annotated[str, typer.Option(help="Which student: student | lite.")] = "student",
            pipeline: Annotated[bool, typer.Option("--pipeline", help="Write a whole WanPipeline: the small Wan's text encoder and VAE with the student as its transformer.")] = False,
            teacher: Annotated[bool, typer.Option("--teacher", help="With --pipeline: the teacher's transformer in place of the student's.")] = False) -> None:
     """Write a student for diffusers, for single-file loaders, or as a whole pipeline."""
