@@ -11,7 +11,6 @@ __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'O
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
@@ -19,7 +18,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import kilobench
-from .recipe import Recipe, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest, pick_device, read_value
+from .recipe import UserError, altered, find_projects, leaves, load_recipe_class, nearest, pick_device
 from .run import Run, default_dir, is_main, newest_run, notebooks_dir, outputs_dir, project_root, read_json, reference_dir
 from .series import QUIET_THREADS, STAGES, Stopped, find_series, run_series
 
@@ -162,19 +161,10 @@ def _values(project: str, overrides: Sequence[str] | None, device: str = "") -> 
         if word in load_recipe_class(project).presets: raise UserError(f"{word!r} is a preset; write --preset {word}")
     return [*(overrides or ()), *[f"device={device}"][:bool(device)]]
 
-def _altered(recipe: Recipe) -> list[str]:
-    """What a recipe has other than its preset, as words for a command line."""
-    given = {k: b for k, (_, b) in type(recipe).make(recipe.preset).diff(recipe).items()}
-    return [f"{k}={v}" if isinstance(v, str) and _reads_back(v) else join_overrides({k: v}) for k, v in given.items()]
-
-def _reads_back(text: str) -> bool:
-    with suppress(UserError): return read_value(text) == text
-    return False
-
 def again(run: Run) -> str:
     """The command that goes on with a run."""
     named = [] if run.dir == default_dir(run.recipe).resolve() else ["--name", run.dir.name]
-    return shlex.join(["kilobench", "run", run.project, "--preset", run.recipe.preset, *named, *_altered(run.recipe)])
+    return shlex.join(["kilobench", "run", run.project, "--preset", run.recipe.preset, *named, *altered(run.recipe).values()])
 
 def find_student(project: str, students: Sequence[str], run: str = "", student: str = "") -> Path:
     """The file of one of a project's `students` (the first unless named) in a run (folder, or name under outputs/PROJECT), in the newest run that has one, or in the reference; UserError if there is none."""
@@ -237,8 +227,8 @@ def _run_row(name: str) -> tuple:
         report = read_json(run.path("report.json")) if run.path("report.json").exists() else {}
         passed = [c["passed"] for c in report.get("criteria", [])]
         criteria = f"{sum(passed)}/{len(passed)}" if passed else ""
-        altered = " ".join(_altered(run.recipe))
-        return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16], altered
+        words = " ".join(altered(run.recipe).values())
+        return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16], words
     except UserError as e: return name, str(e), None, "", "", ""
 
 @app.command("list")
