@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
-           'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run',
-           'show_table', 'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare',
-           'functions_of', 'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
-           'look_at_options', 'look_at_house', 'doctor']
+           'Params', 'Edited', 'Values', 'Jobs', 'Scheduler', 'Plan', 'Metrics', 'Metric', 'Png', 'STYLES', 'VERBS',
+           'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run', 'show_table', 'again', 'find_student',
+           'closing', 'run', 'sweep', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of', 'load_command',
+           'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips', 'look_at_options',
+           'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
@@ -36,10 +37,10 @@ def root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; w
          version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False) -> None:
     """Distils slow visual models into small fast students, and proves what was kept."""
 
-# %% ../../nbs/core/13_cli.ipynb #27d38126
+# %% ../../nbs/core/13_cli.ipynb #d0d84f0c
 def in_own_words(args: Sequence[str]) -> list[str]:
     """A command line with the words of a project's source put into ours; others are left as they are."""
-    if len(args) < 3 or args[0] not in ("run", "train", "recipe") or args[1] not in find_projects(): return list(args)
+    if len(args) < 3 or args[0] not in ("run", "sweep", "train", "recipe") or args[1] not in find_projects(): return list(args)
     known, out, rest = load_recipe_class(args[1]).words, list(args[:2]), list(args[2:])
     while rest:
         word, given, value = rest.pop(0).partition("=")
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"kilobench: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
-# %% ../../nbs/core/13_cli.ipynb #1f33dbbe
+# %% ../../nbs/core/13_cli.ipynb #4abf641c
 def find_runs(project: str = "") -> list[str]:
     """'project/name' of the runs under outputs/, sorted; of one project if given."""
     folders = [p.parent for p in outputs_dir().glob(f"{project or '*'}/*/recipe.yaml")]
@@ -119,6 +120,13 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="do the chosen stages anew;
 Reference = Annotated[bool, typer.Option("--reference", help="publish the finished run into outputs/reference/")]
 Params = Annotated[list[str] | None, _opt("--param", help="a notebook's own parameter, NAME=VALUE; may be given again")]
 Edited = Annotated[Path | None, _opt("--notebooks", help="a folder with your edited copies of the notebooks")]
+Values = Annotated[list[str] | None, _arg(metavar="NAME=VALUE[,VALUE]", help="recipe values, some of them several: train.lr=1e-3,3e-4 seed=1,2,3", autocompletion=_fields)]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="points at once on this machine; each has its share of the cores")]
+Scheduler = Annotated[str, _opt("--scheduler", help="a Dask cluster that is there already, tcp://HOST:PORT, instead of this machine")]
+Plan = Annotated[bool, typer.Option("--plan", help="show the points, and stop")]
+Metrics = Annotated[list[str] | None, _opt("--metric", help="a quality to compare by, such as psnr/iid; may be given again (default: what the card is judged by)")]
+Metric = Annotated[str, _opt("--metric", help="the quality to compare by, such as psnr/iid (default: what each card is judged by)")]
+Png = Annotated[Path | None, _opt("--plot", metavar="FILE.png", help="draw quality against latency")]
 
 # %% ../../nbs/core/13_cli.ipynb #f4833cde
 def resolve_run(word: str) -> Run:
@@ -193,19 +201,44 @@ def closing(run: Run) -> str:
     lines.append(f"scorecard: {page}" if page.exists() else f"run: {run.dir} (no scorecard yet: evaluate has not ended)")
     return "\n".join(lines)
 
-# %% ../../nbs/core/13_cli.ipynb #3dd71c45
+# %% ../../nbs/core/13_cli.ipynb #890d2cb3
+def _given(params: Sequence[str] | None) -> dict[str, str]:
+    """Further notebook parameters of a command line."""
+    for item in params or ():
+        if not re.match(r"\w+=", item): raise UserError(f"--param {item!r}: expected NAME=VALUE")
+    return dict(p.split("=", 1) for p in params or ())
+
 @app.command()
 def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke", name: Name = "", only: Stages = None, start: Start = "",
         fresh: Fresh = False, reference: Reference = False, device: Device = "", param: Params = None, notebooks: Edited = None) -> None:
     """Run a project's notebooks; what is done already is not done again."""
-    for item in param or ():
-        if not re.match(r"\w+=", item): raise UserError(f"--param {item!r}: expected NAME=VALUE")
     try:
-        made = run_series(project, preset, _values(project, overrides, device), name, only or (), start, fresh, reference,
-                          parameters=dict(p.split("=", 1) for p in param or ()),
+        made = run_series(project, preset, _values(project, overrides, device), name, only or (), start, fresh, reference, parameters=_given(param),
                           series=find_series(project, notebooks.expanduser().absolute()) if notebooks else None)
     except Stopped as e: raise typer.Exit(128 + e.signum) from None
     print(closing(made))
+
+# %% ../../nbs/core/13_cli.ipynb #812cc709
+@app.command()
+def sweep(project: Project, values: Values = None, preset: Preset = "smoke", name: Annotated[str, _opt("--name", help="of the folder for the comparison, outputs/PROJECT/sweep-NAME/")] = "",
+          only: Stages = None, start: Start = "", jobs: Jobs = 1, scheduler: Scheduler = "", plan: Plan = False, metric: Metrics = None, device: Device = "", param: Params = None) -> None:
+    """Run a grid of recipes, train.lr=1e-3,3e-4 seed=1,2,3; what is done already is not done again."""
+    from kilobench.core.sweep import conclude, sweep as run_sweep
+    made = run_sweep(project, _values(project, values, device), preset, name, only or (), start, jobs, scheduler, _given(param), plan=plan)
+    if plan: return
+    if made.signum:
+        print("stopped; the same command goes on from here")
+        raise typer.Exit(128 + made.signum)
+    for title, table in conclude(made, metric or ()):
+        print(f"\n{title}")
+        show_table(list(table.columns), table.values.tolist())
+    if jobs > 1 and not scheduler: print(f"latencies were measured beside up to {jobs - 1} other points; time a chosen one alone: kilobench run … --only evaluate")
+    print(f"points: {len(made.points) - len(made.failed)} of {len(made.points)} finished\nsweep: {made.folder}")
+    if made.failed:
+        first, outcome = next(iter(made.failed.items()))
+        error = UserError(f"{len(made.failed)} of {len(made.points)} points failed, {first}: {outcome.line}")
+        error.exit_code = min(o.code for o in made.failed.values())
+        raise error
 
 # %% ../../nbs/core/13_cli.ipynb #dd404163
 @app.command()
@@ -253,7 +286,7 @@ def recipe(project: Project, overrides: Overrides = None, preset: Preset = "smok
         rows = [(name, str(value), kind, about) for name, value, kind, about in made.table()]
         show_table(["field", "value", "type", "meaning, unit"], rows, f"{project}, preset {preset}")
 
-# %% ../../nbs/core/13_cli.ipynb #c6d3ca0e
+# %% ../../nbs/core/13_cli.ipynb #db779a73
 def _rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], dict[str, str]]:
     """The rows of a report turned into columns, a line for each metric and cost that is a number somewhere; and the words, once each."""
     flat = [{"role": r["role"]} | _flat(r["metrics"]) | _flat(r["cost"]) for r in report["rows"]]
@@ -287,12 +320,10 @@ def show(run: OneRun) -> None:
     print("\nseconds: " + ", ".join(f"{stage} {_text(seconds)}" for stage, seconds in report["seconds"].items()))
     print(closing(made))
 
-@app.command()
-def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="two or more, as for show", autocompletion=_complete_runs)]) -> None:
-    """Put the rows of several runs side by side; refused where they were measured differently."""
+# %% ../../nbs/core/13_cli.ipynb #c08775f4
+def _side_by_side(files: Sequence[Path]) -> None:
+    """Every metric of some runs, a column for each row, and how each run did."""
     from kilobench.core.scorecard import compare as compare_reports
-    files = list(dict.fromkeys(resolve_run(r).path("report.json") for r in runs))
-    if len(files) < 2: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one")
     table = compare_reports(files).to_dict("records")
     columns, lines, words = _rows({"rows": [side for run in dict.fromkeys(r["run"] for r in table) for side in _sides(run, table)]})
     show_table(columns, lines)
@@ -311,6 +342,41 @@ def _sides(run: str, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
         for k, v in values.items() if row["role"] == "control" else ():
             if not isinstance(v, str) and math.isfinite(v): best[k] = (max if better(k) == "higher" else min)(v, best.get(k, v))
     return [*out, {"name": f"{run}: best control", "role": "control", "metrics": best, "cost": {}}] if best else out
+
+# %% ../../nbs/core/13_cli.ipynb #762d6818
+@app.command()
+def compare(runs: Annotated[list[str] | None, _arg(metavar="RUN", help="two or more, as for show; PROJECT means all its runs, nothing all there are", autocompletion=_complete_runs)] = None,
+            metric: Metric = "", plot: Png = None) -> None:
+    """Put runs side by side, some or all; never those that were measured differently."""
+    projects = [w for w in runs or () if w in find_projects()]
+    named = list(dict.fromkeys(resolve_run(w).dir for w in runs or () if w not in projects))
+    if len(named) == 1 and not projects: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one, `kilobench compare PROJECT` all of a project")
+    from kilobench.core.comparison import panels, picture
+    from kilobench.core.scorecard import Report, refuse_unlike
+    if named: refuse_unlike({str(folder): Report.load(folder) for folder in named})
+    found = panels(named if named and not projects else [*named, *_finished(projects)], [metric] if metric else ())
+    if named and not projects and not metric: _side_by_side(named)
+    else: _show_panels(found)
+    if plot:
+        from kilobench.core.show import save_figure
+        print(f"plot: {save_figure(picture(found), plot)}")
+
+def _finished(projects: Sequence[str]) -> list[Path]:
+    """All finished runs of some projects, or of all; where there is none, the references."""
+    from kilobench.core.comparison import finished_runs, references
+    if found := [folder for p in projects or [""] for folder in finished_runs(p)]: return found
+    which = " or ".join(projects) or "any project"
+    if not (found := [folder for p in projects or [""] for folder in references(p)]): raise UserError(f"no run of {which} has a scorecard under {outputs_dir()}; `kilobench run {(projects or ['PROJECT'])[0]}` makes one")
+    print(f"no run of {which} has a scorecard under {outputs_dir()} yet; these are the committed references\n")
+    return found
+
+def _show_panels(found: Sequence[Any]) -> None:
+    """A table for each panel, and in what a project's later ones differ from its first."""
+    from kilobench.core.comparison import panel_table
+    for i, panel in enumerate(found):
+        print("\n" * bool(i) + panel.title + (f": measured otherwise, {panel.unlike}" if panel.unlike else ""))
+        table = panel_table(panel)
+        show_table(list(table.columns), table.values.tolist())
 
 # %% ../../nbs/core/13_cli.ipynb #6bcd0944
 VERBS = {"predict": "Use a trained student on your own input.", "data": "Make or import data.",

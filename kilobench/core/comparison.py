@@ -6,7 +6,7 @@
 __all__ = ['COSTS', 'finished_runs', 'references', 'readable', 'setting', 'told_apart', 'over_seeds', 'judged_by', 'measured',
            'named', 'Panel', 'panels', 'with_spread', 'panel_table', 'picture']
 
-# %% ../../nbs/core/09a_comparison.ipynb #0c872cdb
+# %% ../../nbs/core/09a_comparison.ipynb #6cba12a3
 import math
 import re
 import statistics
@@ -17,16 +17,21 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from .recipe import Recipe, UserError, altered, find_projects, nearest, split_words
-from .run import outputs_dir, reference_dir
+from .run import outputs_dir, read_json, reference_dir
 from .scorecard import Report, better, compare, decimals, finite, number, unlike
 from .show import Plot, tradeoffs
 
-# %% ../../nbs/core/09a_comparison.ipynb #4fb0cb2f
+# %% ../../nbs/core/09a_comparison.ipynb #0365e374
 def finished_runs(project: str = "") -> list[Path]:
-    """Folders of the runs under outputs/ that have a scorecard, sorted; of one project if given."""
-    found = [p.parent for p in outputs_dir().glob(f"{project or '*'}/*/report.json")]
+    """Folders of the runs under outputs/ whose scorecard has rows, sorted; of one project if given. Damaged ones are among them, to be told."""
+    found = [p.parent for p in outputs_dir().glob(f"{project or '*'}/*/report.json") if _has_rows(p)]
     natural = lambda p: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(p))]      # 8 before 16
     return sorted((p for p in found if p.parent.name not in ("cache", "reference")), key=natural)
+
+
+def _has_rows(file: Path) -> bool:
+    try: return bool(read_json(file)["rows"])
+    except (UserError, KeyError, TypeError): return True
 
 
 def references(project: str = "") -> list[Path]:
@@ -45,7 +50,7 @@ def readable(folders: Iterable[Path]) -> dict[Path, Report]:
         else: print(f"passed over: {folder}: {'it has no protocol stamp' if report.rows else 'nothing is measured yet'}")
     return out
 
-# %% ../../nbs/core/09a_comparison.ipynb #e345e1f4
+# %% ../../nbs/core/09a_comparison.ipynb #ab0214b7
 def setting(folder: Path) -> str:
     """'cpu train.lr=0.001': preset and what differs from it, seed apart; the folder's name where the recipe cannot be read."""
     try: recipe = Recipe.from_yaml(folder / "recipe.yaml")
@@ -55,9 +60,14 @@ def setting(folder: Path) -> str:
 
 def told_apart(settings: Sequence[str]) -> list[str]:
     """Settings without the words that all of them share; one that would be empty keeps its first."""
-    words = [split_words(s) for s in settings]
+    words = [_words(s) for s in settings]
     shared = set.intersection(*map(set, words)) if len(set(settings)) > 1 else set()
     return [" ".join(w for w in mine if w not in shared) or mine[0] for mine in words]
+
+
+def _words(text: str) -> list[str]:
+    try: return split_words(text)
+    except UserError: return [text]      # a folder's name may hold half a pair of quotes
 
 # %% ../../nbs/core/09a_comparison.ipynb #1fab8459
 def over_seeds(folders: Sequence[Path], settings: Sequence[str] = ()) -> pd.DataFrame:
@@ -109,7 +119,7 @@ def named(metric: str, known: Sequence[str]) -> list[str]:
     """The metric meant by a name: itself, or the first of its splits; empty where it was not measured."""
     return [metric] if metric in known else [k for k in known if k.split("/")[0] == metric][:1]
 
-# %% ../../nbs/core/09a_comparison.ipynb #a0de0a95
+# %% ../../nbs/core/09a_comparison.ipynb #7afca05b
 class Panel(NamedTuple):
     """What may stand in one table: runs of one project that were measured alike; `unlike`: in what they differ from the project's first panel."""
     title: str
@@ -126,14 +136,15 @@ def panels(folders: Iterable[Path], metrics: Sequence[str] = (), settings: Mappi
         home = next((g for g in groups if not unlike(reports[g[0]], report)), None)
         if home is None: groups.append(home := [])
         home.append(folder)
-    out, firsts = [], {}
+    out, cards = [], {}
     for group in groups:
         card = reports[group[0]]
         mine = [k for m in metrics for k in named(m, measured(reports[f] for f in group))] if metrics else judged_by(card, 1)
         if not mine: continue      # nobody in this group was asked
-        first = firsts.setdefault(card.project, card)
-        names = [(settings or {}).get(f) or setting(f) for f in group]
-        out.append(Panel(card.project, mine, over_seeds(group, names), unlike(first, card)))
+        cards.setdefault(card.project, []).append(card)
+        nth, names = len(cards[card.project]), [(settings or {}).get(f) or setting(f) for f in group]
+        title = card.project if nth == 1 else f"{card.project}, protocol {nth}"
+        out.append(Panel(title, mine, over_seeds(group, names), unlike(cards[card.project][0], card)))
     return out
 
 # %% ../../nbs/core/09a_comparison.ipynb #36e21e09
@@ -173,7 +184,7 @@ def _apart(settings: Iterable[str]) -> dict[str, str]:
     given = list(dict.fromkeys(s for s in settings if s))
     return {"": ""} | dict(zip(given, told_apart(given)))
 
-# %% ../../nbs/core/09a_comparison.ipynb #0623aabb
+# %% ../../nbs/core/09a_comparison.ipynb #7394b5b1
 def _line(series: Mapping[str, Any], told: Mapping[str, str], metric: str, alone: bool) -> dict[str, Any]:
     """One line of a panel as `tradeoffs` wants a row; its label says the setting where there are several."""
     cost = {k.removeprefix("cost/"): v for k, v in series.items() if k.startswith("cost/") and not k.endswith(" ±")}
@@ -187,7 +198,5 @@ def picture(panels: Sequence[Panel]) -> Plot:
     for p in panels:
         told, metric = _apart(p.frame["setting"]), p.metrics[0]
         rows = [_line(line, told, metric, len(told) == 2) for line in p.frame.to_dict("records")]
-        title = f"{p.title}: {metric}"
-        while title in drawn: title += "′"      # another protocol of the same project
-        drawn[title] = (rows, metric, better(metric) == "lower")
+        drawn[f"{p.title}: {metric}"] = (rows, metric, better(metric) == "lower")
     return tradeoffs(drawn)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'project_root', 'outputs_dir', 'notebooks_dir', 'reference_dir', 'disk_full', 'atomic_path',
-           'atomic_write', 'write_json', 'read_json', 'sha256_of', 'folder_lock', 'git_state', 'library_versions',
-           'machine', 'circumstances', 'StageEntry', 'StageBook', 'RunFolder', 'is_main', 'RunRecord', 'default_dir',
-           'RunOpening', 'Run', 'keep_memory', 'stage', 'check_injected', 'open_run', 'newest_run']
+           'atomic_write', 'write_json', 'read_json', 'sha256_of', 'InUse', 'folder_lock', 'git_state',
+           'library_versions', 'machine', 'circumstances', 'StageEntry', 'StageBook', 'RunFolder', 'is_main',
+           'RunRecord', 'default_dir', 'RunOpening', 'Run', 'keep_memory', 'stage', 'check_injected', 'open_run',
+           'newest_run']
 
 # %% ../../nbs/core/01_run.ipynb #ce784866
 import ast, ctypes, errno, fcntl, functools, hashlib, importlib.metadata, itertools, json, os, platform, re, shutil, socket, subprocess, sys, threading, time, uuid
@@ -167,6 +168,9 @@ def _introduce(fd: int, token: str) -> None:
     os.pwrite(fd, json.dumps(who | {"argv": " ".join(sys.argv)[:1000]}).encode(), 0)
 
 # %% ../../nbs/core/01_run.ipynb #88fcd063
+class InUse(UserError):
+    "A folder's lock is held by another process, which the line names."
+
 def _take(fd: int, file: Path, what: str, wait: bool, token: str | None) -> bool:
     "Take the lock; False when the token shows that a process above this one holds it."
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,7 +178,7 @@ def _take(fd: int, file: Path, what: str, wait: bool, token: str | None) -> bool
         said = _holder(fd)
         if token and said.get("token") == token: return False
         if not wait:
-            raise UserError(f"{what} {file.parent} is in use by {_holder_text(said)}; wait for it or choose another folder") from None
+            raise InUse(f"{what} {file.parent} is in use by {_holder_text(said)}; wait for it or choose another folder") from None
         print(f"{what} {file.parent.name}: waiting for {_holder_text(said)}", flush=True)
         fcntl.flock(fd, fcntl.LOCK_EX)
     if said := _holder(fd):
