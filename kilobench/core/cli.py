@@ -6,9 +6,9 @@
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
            'Params', 'Edited', 'Values', 'Jobs', 'Scheduler', 'Plan', 'Metrics', 'Metric', 'Png', 'STYLES', 'VERBS',
            'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run', 'show_table', 'again', 'find_student',
-           'closing', 'run', 'sweep', 'train', 'list_all', 'recipe', 'show', 'compare', 'functions_of', 'load_command',
-           'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips', 'look_at_options',
-           'look_at_house', 'doctor']
+           'closing', 'run', 'sweep', 'train', 'list_all', 'recipe', 'show', 'chosen_runs', 'compare', 'functions_of',
+           'load_command', 'Verb', 'notebooks', 'look_at_packages', 'look_at_devices', 'look_at_lpips',
+           'look_at_options', 'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
@@ -343,23 +343,15 @@ def _sides(run: str, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             if not isinstance(v, str) and math.isfinite(v): best[k] = (max if better(k) == "higher" else min)(v, best.get(k, v))
     return [*out, {"name": f"{run}: best control", "role": "control", "metrics": best, "cost": {}}] if best else out
 
-# %% ../../nbs/core/13_cli.ipynb #762d6818
-@app.command()
-def compare(runs: Annotated[list[str] | None, _arg(metavar="RUN", help="two or more, as for show; PROJECT means all its runs, nothing all there are", autocompletion=_complete_runs)] = None,
-            metric: Metric = "", plot: Png = None) -> None:
-    """Put runs side by side, some or all; never those that were measured differently."""
-    projects = [w for w in runs or () if w in find_projects()]
-    named = list(dict.fromkeys(resolve_run(w).dir for w in runs or () if w not in projects))
-    if len(named) == 1 and not projects: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one, `kilobench compare PROJECT` all of a project")
-    from kilobench.core.comparison import panels, picture
+# %% ../../nbs/core/13_cli.ipynb #d8542d7b
+def chosen_runs(words: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
+    """(runs that are named, all that are meant): RUNs, all finished ones of a PROJECT, or all there are. Named ones with unlike protocols are a UserError."""
     from kilobench.core.scorecard import Report, refuse_unlike
+    projects = [w for w in words if w in find_projects()]
+    named = list(dict.fromkeys(resolve_run(w).dir for w in words if w not in projects))
+    if len(named) == 1 and not projects: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one, `kilobench compare PROJECT` all of a project")
     if named: refuse_unlike({str(folder): Report.load(folder) for folder in named})
-    found = panels(named if named and not projects else [*named, *_finished(projects)], [metric] if metric else ())
-    if named and not projects and not metric: _side_by_side(named)
-    else: _show_panels(found)
-    if plot:
-        from kilobench.core.show import save_figure
-        print(f"plot: {save_figure(picture(found), plot)}")
+    return named, named if named and not projects else list(dict.fromkeys([*named, *_finished(projects)]))
 
 def _finished(projects: Sequence[str]) -> list[Path]:
     """All finished runs of some projects, or of all; where there is none, the references."""
@@ -369,6 +361,19 @@ def _finished(projects: Sequence[str]) -> list[Path]:
     if not (found := [folder for p in projects or [""] for folder in references(p)]): raise UserError(f"no run of {which} has a scorecard under {outputs_dir()}; `kilobench run {(projects or ['PROJECT'])[0]}` makes one")
     print(f"no run of {which} has a scorecard under {outputs_dir()} yet; these are the committed references\n")
     return found
+
+@app.command()
+def compare(runs: Annotated[list[str] | None, _arg(metavar="RUN", help="two or more, as for show; PROJECT means all its runs, nothing all there are", autocompletion=_complete_runs)] = None,
+            metric: Metric = "", plot: Png = None) -> None:
+    """Put runs side by side, some or all; never those that were measured differently."""
+    named, folders = chosen_runs(runs or ())
+    from kilobench.core.comparison import panels, picture
+    found = panels(folders, [metric] if metric else ())
+    if named == folders and not metric: _side_by_side(named)
+    else: _show_panels(found)
+    if plot:
+        from kilobench.core.show import save_figure
+        print(f"plot: {save_figure(picture(found), plot)}")
 
 def _show_panels(found: Sequence[Any]) -> None:
     """A table for each panel, and in what a project's later ones differ from its first."""

@@ -6,8 +6,7 @@
 __all__ = ['COSTS', 'finished_runs', 'references', 'readable', 'setting', 'told_apart', 'over_seeds', 'judged_by', 'measured',
            'named', 'Panel', 'panels', 'with_spread', 'panel_table', 'picture']
 
-# %% ../../nbs/core/09a_comparison.ipynb #6cba12a3
-import math
+# %% ../../nbs/core/09a_comparison.ipynb #402aa767
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -147,7 +146,7 @@ def panels(folders: Iterable[Path], metrics: Sequence[str] = (), settings: Mappi
         out.append(Panel(title, mine, over_seeds(group, names), unlike(cards[card.project][0], card)))
     return out
 
-# %% ../../nbs/core/09a_comparison.ipynb #36e21e09
+# %% ../../nbs/core/09a_comparison.ipynb #2d6c90dd
 COSTS = {"cost/latency_ms_b1": "latency, ms", "cost/speedup_b1": "speed-up", "cost/params": "parameters"}
 
 
@@ -156,14 +155,15 @@ def with_spread(mean: Any, spread: Any = None, places: int | None = None) -> str
     if finite(mean) is None: return ""
     if (sd := finite(spread)) is None: return number(mean, places)
     if abs(mean) >= 1e5: return f"{number(mean)} ± {number(sd)}"
-    places = min(6, max(0, 1 - math.floor(math.log10(sd)))) if sd else places or 0
+    places = min(6, max(0, 1 - int(f"{sd:.1e}"[4:]))) if sd else places or 0
     return f"{mean:,.{places}f} ± {sd:,.{places}f}"
 
 
 def _cells(lines: pd.DataFrame, key: str) -> list[str]:
     """One column of a panel as text."""
     spread = lines.get(f"{key} ±", pd.Series(index=lines.index, dtype=float))
-    places = decimals([int(v) if v == int(v) else v for v in map(finite, lines[key]) if v is not None]) if lines[key].notna().any() else 0
+    values = [v for v in map(finite, lines[key]) if v is not None]
+    places = None if key in COSTS or not values else decimals(int(v) if v == int(v) else v for v in values)
     return [with_spread(m, s if s or key not in COSTS else None, places) for m, s in zip(lines[key], spread)]      # a size has no spread
 
 

@@ -118,7 +118,7 @@ def missing_stages(point: Point, stages: Sequence[Stage]) -> list[str]:
     run = Run.load(point.folder)
     return [s.name for s in stages if not is_finished(run, s)]
 
-# %% ../../nbs/core/12a_sweep.ipynb #01c8d474
+# %% ../../nbs/core/12a_sweep.ipynb #80404eca
 class Outcome(NamedTuple):
     """How a point ended: done, failed (by which line, with which exit code) or stopped."""
     state: str
@@ -130,8 +130,8 @@ _halts: dict[str, dict[str, Halt]] = {}     # in a worker: sweep → point under
 _stopping: dict[str, int] = {}              # in a worker: sweeps that were stopped, and by which signal
 
 
-def stop_points(sweep: str, signum: int) -> None:
-    """In a worker: interrupt the points of a sweep, and let none begin; again: kill their kernels."""
+async def stop_points(sweep: str, signum: int) -> None:
+    """In a worker: interrupt the points of a sweep, and let none begin; again: kill their kernels. (Dask starts without waiting only what is async.)"""
     _stopping[sweep] = signum
     for halt in list(_halts.get(sweep, {}).values()): halt(signum)
 
