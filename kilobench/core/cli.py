@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'OneRun', 'Stages', 'Start', 'Fresh', 'Reference',
-           'Params', 'Edited', 'STYLES', 'VERBS', 'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run',
-           'show_table', 'again', 'find_student', 'closing', 'run', 'train', 'list_all', 'recipe', 'show', 'compare',
-           'functions_of', 'load_command', 'Verb', 'empty_folder', 'run_behind', 'notebooks', 'new', 'look_at_packages',
+           'Params', 'Edited', 'Values', 'Jobs', 'Scheduler', 'Plan', 'Metrics', 'Metric', 'Png', 'STYLES', 'VERBS',
+           'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run', 'show_table', 'again', 'find_student',
+           'closing', 'run', 'sweep', 'train', 'list_all', 'recipe', 'show', 'chosen_runs', 'compare', 'functions_of',
+           'load_command', 'Verb', 'empty_folder', 'run_behind', 'notebooks', 'new', 'look_at_packages',
            'look_at_devices', 'look_at_lpips', 'look_at_options', 'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 import kilobench
-from .recipe import Recipe, UserError, find_projects, join_overrides, leaves, load_recipe_class, nearest, pick_device, read_value
+from .recipe import UserError, altered, find_projects, leaves, load_recipe_class, nearest, pick_device
 from .run import Run, default_dir, is_main, newest_run, notebooks_dir, outputs_dir, project_root, read_json, reference_dir
 from .series import QUIET_THREADS, STAGES, Stopped, find_series, run_series
 
@@ -37,10 +37,10 @@ def root(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; w
          version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False) -> None:
     """Distils slow visual models into small fast students, and proves what was kept."""
 
-# %% ../../nbs/core/13_cli.ipynb #27d38126
+# %% ../../nbs/core/13_cli.ipynb #d0d84f0c
 def in_own_words(args: Sequence[str]) -> list[str]:
     """A command line with the words of a project's source put into ours; others are left as they are."""
-    if len(args) < 3 or args[0] not in ("run", "train", "recipe") or args[1] not in find_projects(): return list(args)
+    if len(args) < 3 or args[0] not in ("run", "sweep", "train", "recipe") or args[1] not in find_projects(): return list(args)
     known, out, rest = load_recipe_class(args[1]).words, list(args[:2]), list(args[2:])
     while rest:
         word, given, value = rest.pop(0).partition("=")
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"kilobench: {' '.join(text.split())}", file=sys.stderr, flush=True)
     sys.exit(code)
 
-# %% ../../nbs/core/13_cli.ipynb #1f33dbbe
+# %% ../../nbs/core/13_cli.ipynb #4abf641c
 def find_runs(project: str = "") -> list[str]:
     """'project/name' of the runs under outputs/, sorted; of one project if given."""
     folders = [p.parent for p in outputs_dir().glob(f"{project or '*'}/*/recipe.yaml")]
@@ -120,6 +120,13 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Do the chosen stages anew;
 Reference = Annotated[bool, typer.Option("--reference", help="Publish the finished run into outputs/reference/.")]
 Params = Annotated[list[str] | None, _opt("--param", help="A notebook's own parameter, NAME=VALUE; may be given again.")]
 Edited = Annotated[Path | None, _opt("--notebooks", help="A folder with your edited copies of the notebooks.")]
+Values = Annotated[list[str] | None, _arg(metavar="NAME=VALUE[,VALUE]", help="Recipe values, some of them several: train.lr=1e-3,3e-4 seed=1,2,3.", autocompletion=_fields)]
+Jobs = Annotated[int, typer.Option("--jobs", "-j", help="Points at once on this machine; each has its share of the cores.")]
+Scheduler = Annotated[str, _opt("--scheduler", help="A Dask cluster that is there already, tcp://HOST:PORT, instead of this machine.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Show the points, and stop.")]
+Metrics = Annotated[list[str] | None, _opt("--metric", help="A quality to compare by, such as psnr/iid; may be given again; default: what the card is judged by.")]
+Metric = Annotated[str, _opt("--metric", help="The quality to compare by, such as psnr/iid; default: what each card is judged by.")]
+Png = Annotated[Path | None, _opt("--plot", metavar="FILE.png", help="Draw quality against latency.")]
 
 # %% ../../nbs/core/13_cli.ipynb #f4833cde
 def resolve_run(word: str) -> Run:
@@ -162,19 +169,10 @@ def _values(project: str, overrides: Sequence[str] | None, device: str = "") -> 
         if word in load_recipe_class(project).presets: raise UserError(f"{word!r} is a preset; write --preset {word}")
     return [*(overrides or ()), *[f"device={device}"][:bool(device)]]
 
-def _altered(recipe: Recipe) -> list[str]:
-    """What a recipe has other than its preset, as words for a command line."""
-    given = {k: b for k, (_, b) in type(recipe).make(recipe.preset).diff(recipe).items()}
-    return [f"{k}={v}" if isinstance(v, str) and _reads_back(v) else join_overrides({k: v}) for k, v in given.items()]
-
-def _reads_back(text: str) -> bool:
-    with suppress(UserError): return read_value(text) == text
-    return False
-
 def again(run: Run) -> str:
     """The command that goes on with a run."""
     named = [] if run.dir == default_dir(run.recipe).resolve() else ["--name", run.dir.name]
-    return shlex.join(["kilobench", "run", run.project, "--preset", run.recipe.preset, *named, *_altered(run.recipe)])
+    return shlex.join(["kilobench", "run", run.project, "--preset", run.recipe.preset, *named, *altered(run.recipe).values()])
 
 def find_student(project: str, students: Sequence[str], run: str = "", student: str = "") -> Path:
     """The file of one of a project's `students` (the first unless named) in a run (folder, or name under outputs/PROJECT), in the newest run that has one, or in the reference; UserError if there is none."""
@@ -203,19 +201,44 @@ def closing(run: Run) -> str:
     lines.append(f"scorecard: {page}" if page.exists() else f"run: {run.dir} (no scorecard yet: evaluate has not ended)")
     return "\n".join(lines)
 
-# %% ../../nbs/core/13_cli.ipynb #3dd71c45
+# %% ../../nbs/core/13_cli.ipynb #890d2cb3
+def _given(params: Sequence[str] | None) -> dict[str, str]:
+    """Further notebook parameters of a command line."""
+    for item in params or ():
+        if not re.match(r"\w+=", item): raise UserError(f"--param {item!r}: expected NAME=VALUE")
+    return dict(p.split("=", 1) for p in params or ())
+
 @app.command()
 def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke", name: Name = "", only: Stages = None, start: Start = "",
         fresh: Fresh = False, reference: Reference = False, device: Device = "", param: Params = None, notebooks: Edited = None) -> None:
     """Run a project's notebooks; what is done already is not done again."""
-    for item in param or ():
-        if not re.match(r"\w+=", item): raise UserError(f"--param {item!r}: expected NAME=VALUE")
     try:
-        made = run_series(project, preset, _values(project, overrides, device), name, only or (), start, fresh, reference,
-                          parameters=dict(p.split("=", 1) for p in param or ()),
+        made = run_series(project, preset, _values(project, overrides, device), name, only or (), start, fresh, reference, parameters=_given(param),
                           series=find_series(project, notebooks.expanduser().absolute()) if notebooks else None)
     except Stopped as e: raise typer.Exit(128 + e.signum) from None
     print(closing(made))
+
+# %% ../../nbs/core/13_cli.ipynb #812cc709
+@app.command()
+def sweep(project: Project, values: Values = None, preset: Preset = "smoke", name: Annotated[str, _opt("--name", help="Of the folder for the comparison, outputs/PROJECT/sweep-NAME/.")] = "",
+          only: Stages = None, start: Start = "", jobs: Jobs = 1, scheduler: Scheduler = "", plan: Plan = False, metric: Metrics = None, device: Device = "", param: Params = None) -> None:
+    """Run a grid of recipes, train.lr=1e-3,3e-4 seed=1,2,3; what is done already is not done again."""
+    from kilobench.core.sweep import conclude, sweep as run_sweep
+    made = run_sweep(project, _values(project, values, device), preset, name, only or (), start, jobs, scheduler, _given(param), plan=plan)
+    if plan: return
+    if made.signum:
+        print("stopped; the same command goes on from here")
+        raise typer.Exit(128 + made.signum)
+    for title, table in conclude(made, metric or ()):
+        print(f"\n{title}")
+        show_table(list(table.columns), table.values.tolist())
+    if jobs > 1 and not scheduler: print(f"latencies were measured beside up to {jobs - 1} other points; time a chosen one alone: kilobench run … --only evaluate")
+    print(f"points: {len(made.points) - len(made.failed)} of {len(made.points)} finished\nsweep: {made.folder}")
+    if made.failed:
+        first, outcome = next(iter(made.failed.items()))
+        error = UserError(f"{len(made.failed)} of {len(made.points)} points failed, {first}: {outcome.line}")
+        error.exit_code = min(o.code for o in made.failed.values())
+        raise error
 
 # %% ../../nbs/core/13_cli.ipynb #dd404163
 @app.command()
@@ -237,8 +260,8 @@ def _run_row(name: str) -> tuple:
         report = read_json(run.path("report.json")) if run.path("report.json").exists() else {}
         passed = [c["passed"] for c in report.get("criteria", [])]
         criteria = f"{sum(passed)}/{len(passed)}" if passed else ""
-        altered = " ".join(_altered(run.recipe))
-        return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16], altered
+        words = " ".join(altered(run.recipe).values())
+        return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16], words
     except UserError as e: return name, str(e), None, "", "", ""
 
 @app.command("list")
@@ -263,7 +286,7 @@ def recipe(project: Project, overrides: Overrides = None, preset: Preset = "smok
         rows = [(name, str(value), kind, about) for name, value, kind, about in made.table()]
         show_table(["field", "value", "type", "meaning, unit"], rows, f"{project}, preset {preset}")
 
-# %% ../../nbs/core/13_cli.ipynb #c6d3ca0e
+# %% ../../nbs/core/13_cli.ipynb #db779a73
 def _rows(report: Mapping[str, Any]) -> tuple[list[str], list[list[Any]], dict[str, str]]:
     """The rows of a report turned into columns, a line for each metric and cost that is a number somewhere; and the words, once each."""
     flat = [{"role": r["role"]} | _flat(r["metrics"]) | _flat(r["cost"]) for r in report["rows"]]
@@ -297,12 +320,10 @@ def show(run: OneRun) -> None:
     print("\nseconds: " + ", ".join(f"{stage} {_text(seconds)}" for stage, seconds in report["seconds"].items()))
     print(closing(made))
 
-@app.command()
-def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="Two or more, as for show.", autocompletion=_complete_runs)]) -> None:
-    """Put the rows of several runs side by side; refused where they were measured differently."""
+# %% ../../nbs/core/13_cli.ipynb #c08775f4
+def _side_by_side(files: Sequence[Path]) -> None:
+    """Every metric of some runs, a column for each row, and how each run did."""
     from kilobench.core.scorecard import compare as compare_reports
-    files = list(dict.fromkeys(resolve_run(r).path("report.json") for r in runs))
-    if len(files) < 2: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one")
     table = compare_reports(files).to_dict("records")
     columns, lines, words = _rows({"rows": [side for run in dict.fromkeys(r["run"] for r in table) for side in _sides(run, table)]})
     show_table(columns, lines)
@@ -321,6 +342,46 @@ def _sides(run: str, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
         for k, v in values.items() if row["role"] == "control" else ():
             if not isinstance(v, str) and math.isfinite(v): best[k] = (max if better(k) == "higher" else min)(v, best.get(k, v))
     return [*out, {"name": f"{run}: best control", "role": "control", "metrics": best, "cost": {}}] if best else out
+
+# %% ../../nbs/core/13_cli.ipynb #d8542d7b
+def chosen_runs(words: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
+    """(runs that are named, all that are meant): RUNs, all finished ones of a PROJECT, or all there are. Named ones with unlike protocols are a UserError."""
+    from kilobench.core.scorecard import Report, refuse_unlike
+    projects = [w for w in words if w in find_projects()]
+    named = list(dict.fromkeys(resolve_run(w).dir for w in words if w not in projects))
+    if len(named) == 1 and not projects: raise UserError("compare: give two runs or more; `kilobench show RUN` shows one, `kilobench compare PROJECT` all of a project")
+    if named: refuse_unlike({str(folder): Report.load(folder) for folder in named})
+    return named, named if named and not projects else list(dict.fromkeys([*named, *_finished(projects)]))
+
+def _finished(projects: Sequence[str]) -> list[Path]:
+    """All finished runs of some projects, or of all; where there is none, the references."""
+    from kilobench.core.comparison import finished_runs, references
+    if found := [folder for p in projects or [""] for folder in finished_runs(p)]: return found
+    which = " or ".join(projects) or "any project"
+    if not (found := [folder for p in projects or [""] for folder in references(p)]): raise UserError(f"no run of {which} has a scorecard under {outputs_dir()}; `kilobench run {(projects or ['PROJECT'])[0]}` makes one")
+    print(f"no run of {which} has a scorecard under {outputs_dir()} yet; these are the committed references\n")
+    return found
+
+@app.command()
+def compare(runs: Annotated[list[str] | None, _arg(metavar="RUN", help="Two or more, as for show; PROJECT means all its runs, nothing all there are.", autocompletion=_complete_runs)] = None,
+            metric: Metric = "", plot: Png = None) -> None:
+    """Put runs side by side, some or all; never those that were measured differently."""
+    named, folders = chosen_runs(runs or ())
+    from kilobench.core.comparison import panels, picture
+    found = panels(folders, [metric] if metric else ())
+    if named == folders and not metric: _side_by_side(named)
+    else: _show_panels(found)
+    if plot:
+        from kilobench.core.show import save_figure
+        print(f"plot: {save_figure(picture(found), plot)}")
+
+def _show_panels(found: Sequence[Any]) -> None:
+    """A table for each panel, and in what a project's later ones differ from its first."""
+    from kilobench.core.comparison import panel_table
+    for i, panel in enumerate(found):
+        print("\n" * bool(i) + panel.title + (f": measured otherwise, {panel.unlike}" if panel.unlike else ""))
+        table = panel_table(panel)
+        show_table(list(table.columns), table.values.tolist())
 
 # %% ../../nbs/core/13_cli.ipynb #6bcd0944
 VERBS = {"predict": "Use a trained student on your own input.", "data": "Make or import data.",

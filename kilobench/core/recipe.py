@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['PathText', 'UserError', 'nearest', 'Part', 'TrainPart', 'leaves', 'type_text', 'expected', 'flatten', 'read_value',
            'split_words', 'parse_overrides', 'join_overrides', 'build', 'flat', 'each', 'read_yaml', 'Written',
-           'Recipe', 'find_projects', 'load_recipe_class', 'pick_device', 'numba_threads', 'seed_everything', 'seeded']
+           'Recipe', 'altered', 'find_projects', 'load_recipe_class', 'pick_device', 'numba_threads', 'seed_everything',
+           'seeded']
 
 # %% ../../nbs/core/00_recipe.ipynb #c840d04a
 import difflib, hashlib, importlib, json, os, random, re
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Any, ClassVar, Iterable, Iterator, Literal, Mapping, Self, Sequence, TYPE_CHECKING, Union, get_args, get_origin
@@ -158,18 +159,18 @@ def read_value(text: str, where: str = "value") -> Any:
         raise UserError(f"{where}: {text[:80]!r} is not a value ({str(e).splitlines()[0]}); quote it if it is text") from None
 
 # %% ../../nbs/core/00_recipe.ipynb #5059e581
-def split_words(text: str) -> list[str]:
-    "Part a line at blanks that stand outside quotes and brackets; an open quote or bracket is a UserError."
+def split_words(text: str, at: str = "") -> list[str]:
+    "Part a line at blanks, or at the sign `at`, outside quotes and brackets; an open quote or bracket is a UserError. Between two `at` may be nothing."
     words, word, quote, depth, escaped = [], "", "", 0, False
     for c in text:
         if quote: quote, escaped = ("" if c == quote and not escaped else quote), quote == '"' and c == "\\" and not escaped
         elif c in "'\"": quote = c
         elif c in "[{": depth += 1
         elif c in "]}": depth -= 1
-        if c.isspace() and not quote and not depth: words, word = words + [word], ""
+        if (c == at if at else c.isspace()) and not quote and not depth: words, word = words + [word], ""
         else: word += c
     if quote or depth: raise UserError(f"overrides: {text!r} has an open {'quote ' + quote if quote else 'bracket'}; close it")
-    return [w for w in words + [word] if w]
+    return [w for w in words + [word] if w or at]
 
 def parse_overrides(overrides: str | Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     "`\"train.steps=500 seed=7\"`, `[\"train.steps=500\", \"seed=7\"]` or a mapping → {dotted name: value}; the last of equals wins."
@@ -348,6 +349,16 @@ def _own(cls: type[Recipe], data: dict[str, Any], path: Any) -> dict[str, Any]:
     if (named := data.get("project", cls.project)) != cls.project:
         raise UserError(f"{path}: a recipe of {named!r}, expected one of {cls.project!r}")
     return {k: v for k, v in data.items() if k != "project"}
+
+# %% ../../nbs/core/00_recipe.ipynb #5e0a1102
+def altered(recipe: Recipe) -> dict[str, str]:
+    "What a recipe has other than its preset: dotted name → the word for a command line, `train.lr=0.001`."
+    given = {k: b for k, (_, b) in type(recipe).make(recipe.preset).diff(recipe).items()}
+    return {k: f"{k}={v}" if isinstance(v, str) and _reads_back(v) else join_overrides({k: v}) for k, v in given.items()}
+
+def _reads_back(text: str) -> bool:
+    with suppress(UserError): return read_value(text) == text
+    return False
 
 # %% ../../nbs/core/00_recipe.ipynb #ff8c4287
 def find_projects() -> list[str]:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'project_root', 'outputs_dir', 'notebooks_dir', 'reference_dir', 'disk_full', 'atomic_path',
-           'atomic_write', 'write_json', 'read_json', 'sha256_of', 'folder_lock', 'git_state', 'library_versions',
-           'machine', 'circumstances', 'StageEntry', 'StageBook', 'RunFolder', 'is_main', 'RunRecord', 'default_dir',
-           'RunOpening', 'Run', 'keep_memory', 'stage', 'open_run', 'newest_run']
+           'atomic_write', 'write_json', 'read_json', 'sha256_of', 'InUse', 'folder_lock', 'git_state',
+           'library_versions', 'machine', 'circumstances', 'StageEntry', 'StageBook', 'RunFolder', 'is_main',
+           'RunRecord', 'default_dir', 'RunOpening', 'Run', 'keep_memory', 'stage', 'check_injected', 'open_run',
+           'newest_run']
 
 # %% ../../nbs/core/01_run.ipynb #ce784866
-import ctypes, errno, fcntl, functools, hashlib, importlib.metadata, itertools, json, os, platform, re, shutil, socket, subprocess, sys, time, uuid
+import ast, ctypes, errno, fcntl, functools, hashlib, importlib.metadata, itertools, json, os, platform, re, shutil, socket, subprocess, sys, threading, time, uuid
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, Mapping, Sequence, TYPE_CHECKING
@@ -18,7 +19,7 @@ from pydantic import Field, ValidationError
 
 import kilobench
 from .. import __version__
-from .recipe import Part, Recipe, UserError, load_recipe_class, pick_device, seeded
+from .recipe import Part, Recipe, UserError, load_recipe_class, nearest, pick_device, seeded
 
 # %% ../../nbs/core/01_run.ipynb #6301ebda
 if TYPE_CHECKING: import torch  # for annotations; nothing is imported when the program runs
@@ -131,6 +132,20 @@ def sha256_of(path: str | Path) -> str:
 
 # %% ../../nbs/core/01_run.ipynb #7bf3313f
 _held: dict[str, int] = {}  # lock file → its descriptor, in this process
+_lent: set[str] = set()     # those of them whose token stands in this process's own KILOBENCH_LOCK
+_lending = threading.Lock()
+
+def _lend(key: str) -> str:
+    "The token for the children of this process: the one that it was given, else its own, the same for all its threads."
+    with _lending:
+        if _lent or "KILOBENCH_LOCK" not in os.environ: _lent.add(key)
+        return os.environ.setdefault("KILOBENCH_LOCK", uuid.uuid4().hex)
+
+def _take_back(key: str) -> None:
+    with _lending:
+        if key not in _lent: return
+        _lent.remove(key)
+        if not _lent: os.environ.pop("KILOBENCH_LOCK", None)
 
 def _forget_locks() -> None:
     for fd in _held.values(): os.close(fd)
@@ -153,6 +168,9 @@ def _introduce(fd: int, token: str) -> None:
     os.pwrite(fd, json.dumps(who | {"argv": " ".join(sys.argv)[:1000]}).encode(), 0)
 
 # %% ../../nbs/core/01_run.ipynb #88fcd063
+class InUse(UserError):
+    "A folder's lock is held by another process, which the line names."
+
 def _take(fd: int, file: Path, what: str, wait: bool, token: str | None) -> bool:
     "Take the lock; False when the token shows that a process above this one holds it."
     try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,7 +178,7 @@ def _take(fd: int, file: Path, what: str, wait: bool, token: str | None) -> bool
         said = _holder(fd)
         if token and said.get("token") == token: return False
         if not wait:
-            raise UserError(f"{what} {file.parent} is in use by {_holder_text(said)}; wait for it or choose another folder") from None
+            raise InUse(f"{what} {file.parent} is in use by {_holder_text(said)}; wait for it or choose another folder") from None
         print(f"{what} {file.parent.name}: waiting for {_holder_text(said)}", flush=True)
         fcntl.flock(fd, fcntl.LOCK_EX)
     if said := _holder(fd):
@@ -196,19 +214,17 @@ def folder_lock(file: str | Path, what: str = "folder", wait: bool = False, chil
     try: fd = os.open(key, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as e:
         raise UserError(f"{file}: cannot be locked ({e.strerror}); choose another folder or mend its permissions") from None
-    before, owner = os.environ.get("KILOBENCH_LOCK"), os.getpid()
+    owner = os.getpid()
     try:
-        if not _take(fd, file, what, wait, before if children else None):
-            yield
+        if not _take(fd, file, what, wait, os.environ.get("KILOBENCH_LOCK") if children else None):
+            with folder_lock(file.with_name(f".{file.name.lstrip('.')}.child"), what, wait=True): yield
             return
-        token = before or uuid.uuid4().hex
-        _introduce(fd, token)
-        if children: os.environ["KILOBENCH_LOCK"] = token
+        _introduce(fd, _lend(key) if children else uuid.uuid4().hex)
         _held[key] = fd
         try: yield
         finally:
             if _held.pop(key, None) is not None: os.ftruncate(fd, 0)
-            if children and before is None: os.environ.pop("KILOBENCH_LOCK", None)
+            _take_back(key)
     finally:
         if os.getpid() == owner: os.close(fd)  # a forked child has closed its copy, and the number may be another file's by now
 
@@ -578,8 +594,24 @@ def _stage(run: Run, fn: Callable, makes: Any, load: Callable | None) -> Any:
     with seeded(run.recipe.seed): return load(run)
 
 # %% ../../nbs/core/01_run.ipynb #a2813a6a
+def _assigned(cell: str) -> set[str] | None:
+    "The names that a parameters cell gives values to; None for a cell of another kind."
+    try: body = ast.parse(cell).body
+    except SyntaxError: return None
+    plain = all(isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name) for n in body)
+    return {n.targets[0].id for n in body} if body and plain else None
+
+def check_injected(cells: Sequence[str] | None = None) -> None:
+    "UserError where papermill injected a name that the parameters cell lacks. `cells`: sources in the order of execution (default: this kernel's)."
+    shell = sys.modules["IPython"].get_ipython() if cells is None and "IPython" in sys.modules else None
+    cells = list(cells if cells is not None else shell.user_ns.get("In", ()) if shell else ())
+    at = max((i for i, c in enumerate(cells) if i and c.startswith("# Parameters\n")), default=None)
+    if at is None or (known := _assigned(cells[at - 1])) is None: return
+    for name in sorted((_assigned(cells[at]) or set()) - known): raise UserError(f"parameter: {nearest(name, known)}")
+
 def open_run(project: str, preset: str = "smoke", run_dir: str | Path = "", overrides: str | Sequence[str] | Mapping[str, Any] = "") -> Run:
     "What a stage notebook's parameters mean: the recipe for them and its run, made or reopened; empty `run_dir`: see `default_dir`."
+    check_injected()
     return Run.open(load_recipe_class(project).make(preset, overrides), run_dir)
 
 def newest_run(project: str, has: str = "checkpoints") -> Run | None:

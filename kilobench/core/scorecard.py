@@ -8,7 +8,7 @@ __all__ = ['Value', 'BAD', 'SIDELESS', 'STAGES', 'WORDS', 'UNITS', 'ASIDE', 'TEM
            'Report', 'judge_collapse', 'CriterionAsked', 'Picture', 'StagePart', 'merge_rows', 'add_speedup', 'merge',
            'Scorecard', 'label', 'full_label', 'unit', 'decimals', 'number', 'boards', 'tables', 'table', 'remarks',
            'bars', 'headlines', 'template', 'render_page', 'load_picture', 'page_of', 'read_parts', 'rebuild',
-           'summary_html', 'refuse_unlike', 'compare']
+           'summary_html', 'unlike', 'refuse_unlike', 'compare']
 
 # %% ../../nbs/core/08_scorecard.ipynb #b85406ab
 import json
@@ -937,18 +937,21 @@ def summary_html(report: Report) -> str:
     return template("summary.html").render(r=report, exact=_exact)
 
 # %% ../../nbs/core/08_scorecard.ipynb #6bded5f8
+def unlike(first: Report, other: Report, allow: Sequence[str] = ("seed", "preset")) -> str:
+    """In what the protocols of two reports differ: 'resolution (32 and 64), extra.n (…)'; '' where they may stand in one table."""
+    a, b = ({"project": r.project, **_flat_stamp(r.stamp)} for r in (first, other))
+    bare = lambda v: "none" if isinstance(v, str) and v.startswith("none: ") else v  # not measured, for whatever reason
+    fields = [k for k in dict.fromkeys([*a, *b]) if k not in allow and bare(a.get(k, ...)) != bare(b.get(k, ...))]
+    return ", ".join(f"{k} ({a.get(k, 'absent')!r} and {b.get(k, 'absent')!r})" for k in fields)
+
+
 def refuse_unlike(reports: Mapping[str, Report], allow: Sequence[str] = ("seed", "preset")) -> None:
     """UserError where two reports were not measured in the same way, naming the fields; also where a report has no stamp at all."""
     first, *others = reports.items()
     for name, r in reports.items():
         if not r.stamp: raise UserError(f"{name}: the report has no protocol stamp, so it cannot be compared; evaluate the run again")
     for name, r in others:
-        a, b = ({"project": x.project, **_flat_stamp(x.stamp)} for x in (first[1], r))
-        bare = lambda v: "none" if isinstance(v, str) and v.startswith("none: ") else v  # not measured, for whatever reason
-        unlike = [k for k in dict.fromkeys([*a, *b]) if k not in allow and bare(a.get(k, ...)) != bare(b.get(k, ...))]
-        if unlike:
-            said = ", ".join(f"{k} ({a.get(k, 'absent')!r} and {b.get(k, 'absent')!r})" for k in unlike)
-            raise UserError(f"{first[0]} and {name} cannot be compared, their protocols differ in {said}")
+        if said := unlike(first[1], r, allow): raise UserError(f"{first[0]} and {name} cannot be compared, their protocols differ in {said}")
 
 
 def compare(paths: Iterable[str | Path], allow: Sequence[str] = ("seed", "preset")) -> pd.DataFrame:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'QUIET_THREADS', 'STUDENT_BYTES', 'BASELINE_BYTES', 'PLAIN_BYTES', 'PICTURE_BYTES', 'PICTURES_BYTES',
            'REFERENCE_BYTES', 'Stage', 'find_series', 'choose', 'parameters_of', 'check_parameters',
-           'kernel_environment', 'private_kernel', 'Watch', 'StageFailed', 'Stopped', 'execute', 'executed_copy',
-           'is_finished', 'run_series', 'check_reference', 'publish_reference']
+           'kernel_environment', 'private_kernel', 'Watch', 'Halt', 'StageFailed', 'KernelDied', 'Stopped', 'execute',
+           'executed_copy', 'is_finished', 'run_series', 'check_reference', 'publish_reference']
 
 # %% ../../nbs/core/12_series.ipynb #f350ab1c
 import ast, functools, io, json, logging, os, re, shutil, signal, site, sys, tempfile, threading, time
@@ -146,13 +146,27 @@ class Watch:
         os.killpg(process.pid, signal.SIGKILL if again else signal.SIGINT)
 
     @contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM go to `stop` inside the block (in the main thread; elsewhere Python allows no handlers)."""
-        if threading.current_thread() is not threading.main_thread(): yield; return
-        before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM)}
+    def signals(self, halt: "Halt | None" = None) -> Iterator[None]:
+        """SIGINT and SIGTERM go to `stop` inside the block (in the main thread; elsewhere Python allows no handlers); so does `halt`."""
+        if halt: halt.watch, self.caught = self, halt.signum
+        main = threading.current_thread() is threading.main_thread()
+        before = {s: signal.signal(s, self.stop) for s in (signal.SIGINT, signal.SIGTERM) if main}
         try: yield
         finally:
+            if halt: halt.watch = None
             for s, handler in before.items(): signal.signal(s, handler)
+
+class Halt:
+    """What stops a series that runs in another thread: called with a signal's number it does what that signal would."""
+    def __init__(self): self.signum, self.watch = 0, None
+
+    def __call__(self, signum: int) -> None:
+        self.signum = signum
+        if watch := self.watch: watch.stop(signum)
+
+    def check(self) -> None:
+        """Stopped where it was called; before the next notebook."""
+        if self.signum: raise Stopped(self.signum)
 
 # %% ../../nbs/core/12_series.ipynb #419960c6
 @functools.cache
@@ -178,6 +192,9 @@ def _papermill() -> Any:
 class StageFailed(UserError):
     """A notebook stopped for a reason that is no user's mistake: the stage, the cell, the error and where the executed copy is."""
     exit_code = 1
+
+class KernelDied(StageFailed):
+    """The kernel ended, by a signal or an exit of its own; often for want of memory, so that a second attempt may succeed."""
 
 class Stopped(Exception):
     """The series was asked to stop, by the signal `signum`; what was reached is kept."""
@@ -205,15 +222,15 @@ def _told(error: Exception, notebook: Path, partial: Path, manager: Any, log: An
         first = next((line for line in error.source.splitlines() if line.strip() and not line.startswith("#")), "")
         what = (error.evalue or "").strip().partition("\n")[0][:300]
         return StageFailed(f"{notebook.stem}, cell In [{error.exec_count}] ({first.strip()[:60]}): {error.ename}: {what}{copy}")
-    if isinstance(error, DeadKernelError | RuntimeError): return StageFailed(f"{notebook.stem}: {_died(manager, log)}{copy}")
+    if isinstance(error, DeadKernelError | RuntimeError): return KernelDied(f"{notebook.stem}: {_died(manager, log)}{copy}")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return UserError(f"{partial}: {error.strerror or error}; what is done is kept, the same command goes on from here")
     return error
 
 # %% ../../nbs/core/12_series.ipynb #720129dc
 def execute(notebook: Path, copy: Path, parameters: Mapping[str, Any], env: Mapping[str, str] | None = None, cwd: Path | None = None,
-            say: Callable[[str], None] = print) -> float:
-    """Execute a notebook into `copy` with a kernel of its own; seconds.
+            say: Callable[[str], None] = print, halt: Halt | None = None) -> float:
+    """Execute a notebook into `copy` with a kernel of its own, `env` added to its variables; seconds.
 
     Raises UserError, StageFailed or Stopped; the partial copy stays.
     """
@@ -222,7 +239,7 @@ def execute(notebook: Path, copy: Path, parameters: Mapping[str, Any], env: Mapp
     with private_kernel(env) as manager, tempfile.TemporaryFile() as log:
         watch = Watch(manager, say)
         try:
-            with watch.signals():
+            with watch.signals(halt):
                 _papermill().execute_notebook(str(notebook), str(partial), dict(parameters), engine_name="kilobench",
                                               kernel_name="kilobench", language="python", progress_bar=False,
                                               watch=watch, home=str(cwd or Path.cwd()), log=log)
@@ -255,14 +272,16 @@ def _set_back(run: Run, series: Sequence[Stage], first: str) -> None:
         (old / "notebooks").mkdir(exist_ok=True)
         os.replace(copy, old / "notebooks" / copy.name)
 
-def _execute_all(run: Run, series: Sequence[Stage], given: Mapping[str, Mapping], again: bool, say: Callable[[str], None]) -> None:
+def _execute_all(run: Run, series: Sequence[Stage], given: Mapping[str, Mapping], again: bool, say: Callable[[str], None],
+                 env: Mapping[str, str], halt: Halt) -> None:
     for i, s in enumerate(series, 1):
         label = f"[{i}/{len(series)}] {s.name}"
         if not again and is_finished(run, s):
             say(f"{label}: done before")
             continue
+        halt.check()
         say(f"{label} …")
-        try: seconds = execute(s.notebook, executed_copy(run, s.notebook), given[s.name], cwd=project_root() or run.dir, say=say)
+        try: seconds = execute(s.notebook, executed_copy(run, s.notebook), given[s.name], env, project_root() or run.dir, say, halt)
         except Stopped:
             say(f"{label}: stopped; the same command goes on from here")
             raise
@@ -272,11 +291,12 @@ def _execute_all(run: Run, series: Sequence[Stage], given: Mapping[str, Mapping]
 def run_series(project: str, preset: str = "smoke", overrides: str | Sequence[str] | Mapping[str, Any] = "", name: str = "",
                only: str | Sequence[str] = (), start: str = "", fresh: bool = False, reference: bool = False,
                parameters: Mapping[str, Any] | None = None, series: Sequence[Stage] | None = None,
-               say: Callable[[str], None] = functools.partial(print, flush=True)) -> Run:
+               say: Callable[[str], None] = functools.partial(print, flush=True), env: Mapping[str, str] | None = None, halt: Halt | None = None) -> Run:
     """Execute a project's notebooks into one run folder and return its run; what is done there is not done again.
 
     `name`: the folder's name under outputs/<project>/; `only`, `start`: choose stages, which are then executed even when finished;
-    `parameters`: further notebook parameters; `series`: other notebooks than the project's own; `reference`: publish at the end.
+    `parameters`: further notebook parameters; `series`: other notebooks than the project's own; `reference`: publish at the end;
+    `env`: further variables for the kernels; `halt`: what may stop it, where it does not run in the main thread.
     """
     series = list(series or find_series(project))
     todo, overrides = choose(series, only, start), parse_overrides(overrides)
@@ -292,7 +312,7 @@ def run_series(project: str, preset: str = "smoke", overrides: str | Sequence[st
     with run.lock():
         say(f"{project}, preset {preset} → {run.dir}")
         if fresh: _set_back(run, series, todo[0].name)
-        _execute_all(run, todo, given, again=bool(only or start), say=say)
+        _execute_all(run, todo, given, bool(only or start), say, env or {}, halt or Halt())
     if reference: say(f"reference: {publish_reference(run)}")
     return run
 
