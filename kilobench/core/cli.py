@@ -12,6 +12,7 @@ __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'O
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence
 
