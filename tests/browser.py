@@ -70,7 +70,7 @@ def chromium():
             page.on("request", lambda r: page.asked.append(r.url))
             page.on("websocket", lambda w: page.asked.append(w.url))
             page.on("pageerror", lambda e: page.faults.append(str(e)))
-            page.goto(url)
+            page.goto(url, wait_until="commit", timeout=60_000)
             return page
         try: yield open_page
         finally: browser.close()
