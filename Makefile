@@ -60,7 +60,7 @@ check: $(STAMP)
 	@$(BIN)/ruff check --output-format concise kilobench setup.py
 
 lab: $(STAMP)
-	@$(BIN)/jupyter lab --ip 127.0.0.1 nbs/index.ipynb
+	@$(BIN)/jupyter lab --ip 127.0.0.1 --LabApp.default_url /lab/tree/nbs/index.ipynb --LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
 
 docs:
 	@echo "make docs: the site is not there yet: it needs docs/conf.py (Sphinx + myst-nb, DESIGN §7), which belongs to a later issue" >&2; exit 2

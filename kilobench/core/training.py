@@ -823,12 +823,14 @@ class LiveView(Callback):
         if not (state.main and state.stop > state.step and in_notebook()): return
         import ipywidgets as widgets
         from IPython.display import display
+        from kilobench.core.explore import while_busy
         self.begin, self.t0, self.strip = state.step, time.perf_counter(), state.strip
         self.told = self.drawn = self.t0
         self.button = widgets.Button(description="Stop", icon="stop", layout={"width": "auto"}, tooltip="ends the step under way, saves a checkpoint and stops; run the cell again to go on")
         self.button.on_click(lambda _: self.stop(state))
+        while_busy(self.button)
         self.bar, self.words = widgets.IntProgress(value=state.step, max=state.stop, layout={"width": "160px"}), widgets.Label()
-        self.pictures = [widgets.Image(format="png", layout={"display": "none", "max_width": "100%", "object_fit": "contain"}) for _ in range(2)]
+        self.pictures = [widgets.Image(format="png", layout={"display": "none", "max_width": "min(100%, 560px)", "max_height": "320px", "object_fit": "contain"}) for _ in range(2)]
         self.view = widgets.VBox([widgets.HBox([self.button, self.bar, self.words], layout={"grid_gap": "8px"}), *self.pictures])
         self.view.add_class("kilobench-training")
         self.handle = display(self.view, display_id=True)
