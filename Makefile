@@ -61,7 +61,7 @@ check: $(STAMP)
 	@$(BIN)/ruff check --output-format concise kilobench setup.py
 
 lab: $(STAMP)
-	@$(BIN)/jupyter lab --ip 127.0.0.1 nbs/index.ipynb
+	@$(BIN)/jupyter lab --ip 127.0.0.1 --LabApp.default_url /lab/tree/nbs/index.ipynb --LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
 
 docs: $(STAMP)
 	@$(BIN)/python docs/build.py

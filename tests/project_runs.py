@@ -1,9 +1,12 @@
 """What the tests of every project do with its stages: finish a tiny run, kill one and go on, say a mistake on the command line."""
+import fcntl
 import importlib
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import nbformat
 import torch
@@ -11,6 +14,8 @@ from safetensors.torch import load_file
 
 from kilobench.core.run import open_run
 from kilobench.core.series import find_series, run_series
+
+SERIES = Path(os.environ["KILOBENCH_OUTPUTS"]) / "series"     # outputs that all test processes share: a smoke run of each project
 
 KILL = """
 import importlib, sys
@@ -65,14 +70,32 @@ def assert_one_line(outputs, args, said):
     assert p.returncode == 2 and said in p.stderr and "Traceback" not in p.stderr and len(p.stderr.strip().splitlines()) == 1, p.stderr
 
 
-def assert_series_runs(project, folder, monkeypatch):
+@contextmanager
+def shared_outputs(project, monkeypatch):
+    """SERIES as the outputs folder, and this process the only one at work on the project's smoke run there."""
+    SERIES.mkdir(parents=True, exist_ok=True)
+    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(SERIES))
+    with open(SERIES / f".{project}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def assert_series_runs(project, monkeypatch):
     """All five notebooks of a project run headlessly at smoke size, show pictures, and have nothing to do the second time."""
-    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(folder))
-    run = run_series(project)
-    assert list(run.seconds) == ["data", "model", "train", "evaluate", "counterfactual"] and run.path("report.json").exists() and run.path("index.html").exists()
-    outputs = lambda file: [o for c in nbformat.read(file, 4).cells if c.cell_type == "code" for o in c.outputs]
-    copies = [run.path("notebooks", s.notebook.name) for s in find_series(project)]
-    assert all(any("image/png" in o.get("data", {}) for o in outputs(c)) for c in copies[1:]), "each executed copy has pictures"
-    heard = []
-    run_series(project, say=heard.append)
+    with shared_outputs(project, monkeypatch):
+        run = run_series(project)
+        assert list(run.seconds) == ["data", "model", "train", "evaluate", "counterfactual"] and run.path("report.json").exists() and run.path("index.html").exists()
+        outputs = lambda file: [o for c in nbformat.read(file, 4).cells if c.cell_type == "code" for o in c.outputs]
+        copies = [run.path("notebooks", s.notebook.name) for s in find_series(project)]
+        assert all(any("image/png" in o.get("data", {}) for o in outputs(c)) for c in copies[1:]), "each executed copy has pictures"
+        heard = []
+        run_series(project, say=heard.append)
     assert [h.endswith("done before") for h in heard[1:]] == [True] * 5
+
+
+def smoke_run(project, monkeypatch):
+    """The finished smoke run of a project in SERIES: of its series, else made now, without notebooks."""
+    with shared_outputs(project, monkeypatch):
+        run = open_run(project)
+        if not run.is_done("counterfactual"): importlib.import_module(f"kilobench.{project}.counterfactual").counterfactual(run)
+    return run

@@ -642,4 +642,4 @@ def test_controls_know_nothing_of_the_picture(run):
 def test_mistakes_on_the_command_line_are_one_line(run, args, said): assert_one_line(run.dir.parents[1], args, said)
 
 
-def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("design", tmp_path, monkeypatch)
+def test_the_series_runs_at_smoke_size(monkeypatch): assert_series_runs("design", monkeypatch)

@@ -61,7 +61,7 @@ def test_a_result_is_sorted_into_pictures_and_lines():
     figure = Figure((1, 1)); figure.subplots()
     shown = Shown({"a": flat(9), "b": Image.new("RGB", (4, 4), "red"), "note": "37 dB", "n": 3, "c": figure})
     assert list(shown.images) == ["a", "b", "c"] and shown.lines == ["note: 37 dB", "n: 3"] and shown.plotly is None
-    assert Image.open(BytesIO(shown.png["a"])).size == (224, 224) and (np.asarray(Image.open(BytesIO(shown.png["a"]))) == 9).all()
+    assert Image.open(BytesIO(shown.png["a"])).size == (192, 192) and (np.asarray(Image.open(BytesIO(shown.png["a"]))) == 9).all()
     assert list(Shown(flat(1)).images) == [""] and Shown(flat(1, n=300)).png[""] and Image.open(BytesIO(Shown(flat(1, n=300)).png[""])).size == (300, 300)
 
 

@@ -355,4 +355,4 @@ def test_the_command_line_says_a_mistake_in_one_line(outputs):
         assert_one_line(outputs, args, said)
 
 
-def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("kilonerf", tmp_path, monkeypatch)
+def test_the_series_runs_at_smoke_size(monkeypatch): assert_series_runs("kilonerf", monkeypatch)

@@ -486,4 +486,4 @@ def test_mistakes_on_the_command_line_are_one_line(run, tmp_path):
     assert_one_line(tmp_path, ["predict", "pbr", "--input", "/nowhere", "--run", str(run.dir)], "no such folder")
 
 
-def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("pbr", tmp_path, monkeypatch)
+def test_the_series_runs_at_smoke_size(monkeypatch): assert_series_runs("pbr", monkeypatch)

@@ -39,7 +39,7 @@ def test_environment_has_the_pins_of_requirements():
 def test_one_version(cfg): assert cfg["version"] == kilobench.__version__
 
 
-OPTIONAL = {"coremltools", "gsplat", "wandb"}  # imported inside the one function that needs it, which says how to install it
+OPTIONAL = {"coremltools", "gsplat", "wandb", "voila"}  # imported inside the one function that needs it, which says how to install it
 WITH_ANOTHER = {"pydantic-core", "llvmlite", "huggingface-hub"}  # pydantic, numba and timm bring their own
 
 

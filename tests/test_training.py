@@ -2,7 +2,7 @@
 
 Run as a script this file is the other process: `serve` forks one child for each job on its stdin, `ranks` is what torchrun starts.
 """
-import json, os, random, resource, shutil, signal, socket, subprocess, sys, threading
+import json, os, random, re, resource, shutil, signal, socket, subprocess, sys, threading
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ import kilobench.core.training as training
 from kilobench.core.losses import adversarial_d, adversarial_g
 from kilobench.core.recipe import Recipe, TrainPart, UserError
 from kilobench.core.run import Run
-from kilobench.core.training import (Callback, FitState, LivePlot, StepSampler, Strips, TensorData, Update, fit, load_fitted, make_accelerator, make_schedules,
+from kilobench.core.training import (Callback, FitState, LiveView, StepSampler, Strips, TensorData, Update, fit, load_fitted, make_accelerator, make_schedules,
                                      recover, seconds_trained, split_batch)
 
 torch.set_num_threads(1)
@@ -777,22 +777,46 @@ def test_mistakes_are_one_line(tmp_path, call, match):
 if __name__ == "__main__": {"serve": serve, "ranks": lambda: ranks(sys.argv[2])}[sys.argv[1]]()
 
 
-def test_the_live_plot_is_a_picture_and_ends_with_the_last_point(tmp_path, monkeypatch):
-    "JupyterLab shows what has a PNG form; a bare matplotlib figure has none where pyplot was never imported."
+@pytest.fixture
+def notebook(monkeypatch):
+    "As in JupyterLab: what fit displays, and what takes its place at the end."
     import IPython.display
     shown = []
     class Handle:
-        def update(self, figure): shown.append(figure)
+        def update(self, still): shown.append(still)
     monkeypatch.setattr("kilobench.core.training.in_notebook", lambda: True)
-    monkeypatch.setattr(IPython.display, "display", lambda figure, display_id: shown.append(figure) or Handle())
-    state = FitState(None, "toy", TrainPart(steps=3), training.Accelerator(cpu=True), {}, [], stop=0)
-    live = LivePlot(seconds=0.0)
-    live.on_start(state)
-    for state.step in (1, 2, 3):
-        state.row = {"loss": 1 / state.step}
-        live.every = 0.0 if state.step < 3 else 1e9
-        live.on_log(state)
-    assert len(shown) == 2
-    live.on_end(state)
-    assert all(f._repr_png_().startswith(b"\x89PNG") for f in shown)
-    assert [len(f.axes[0].lines[0].get_xdata()) for f in shown] == [1, 2, 3]
+    monkeypatch.setattr(IPython.display, "display", lambda view, display_id: shown.append(view) or Handle())
+    return shown
+
+
+def test_the_live_view_follows_and_leaves_one_still_picture(tmp_path, notebook, capsys):
+    strips, live = Strips(30, lambda m: np.full((8, 40, 3), 0.5)), LiveView(seconds=0.0)
+    seen = {}
+    def look(state):
+        curve, strip = live.pictures
+        seen[state.step] = (curve.value[:4], curve.layout.display, strip.layout.display, live.bar.value, live.words.value)
+        live.told = 0                                                   # the words are anew at most twice a second
+    class Look(Callback):
+        def on_step(self, state): look(state)
+    train(tmp_path / "r", callbacks=[live, strips, Look()])
+    assert seen[1][:3] == (b"", "none", "none") and seen[10][:3] == (b"\x89PNG", None, "none") and seen[40][2] is None
+    assert seen[40][3] == 40 and re.match(r"net: step 40 of 60, .* a second, 0:00:0. left, loss .*, error ", seen[40][4])
+    view, still = notebook
+    assert "kilobench-training" in view._dom_classes and live.view is None and capsys.readouterr().out == ""
+    assert still._repr_png_().startswith(b"\x89PNG") and len(still.axes) == 2 and [x for x in still.axes[0].lines[0].get_xdata()][-1] == 60
+    assert still.axes[0].get_title(loc="left").startswith("net: step 60 of 60")
+
+
+def test_a_short_training_leaves_a_line_and_a_finished_one_nothing(tmp_path, notebook):
+    train(tmp_path / "r"); train(tmp_path / "r")
+    view, line = notebook
+    assert str(line.data).startswith("net: step 60 of 60")
+
+
+def test_the_stop_button_saves_and_the_next_call_goes_on_to_the_same_bits(tmp_path, notebook):
+    live = LiveView()
+    with pytest.raises(KeyboardInterrupt, match="net: stopped by the Stop button at step 33 of 60, checkpoint saved; start again to go on") as e:
+        train(tmp_path / "r", callbacks=[live, Announce(33, lambda s: (live.button.click(), live.button.click()))])
+    assert e.value._render_traceback_() == [str(e.value)] and notebook[1].data.startswith("net: step 33 of 60")
+    train(tmp_path / "r"); train(tmp_path / "whole")
+    same(outcome(tmp_path / "r"), outcome(tmp_path / "whole"))

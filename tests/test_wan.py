@@ -448,4 +448,4 @@ def test_every_preset_is_a_recipe():
     for name in PRESETS: assert WanRecipe.make(name).preset == name
 
 
-def test_the_series_runs_at_smoke_size(tmp_path, monkeypatch): assert_series_runs("wan", tmp_path, monkeypatch)
+def test_the_series_runs_at_smoke_size(monkeypatch): assert_series_runs("wan", monkeypatch)

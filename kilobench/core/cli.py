@@ -7,7 +7,7 @@ __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'O
            'Params', 'Edited', 'Values', 'Jobs', 'Scheduler', 'Plan', 'Metrics', 'Metric', 'Png', 'STYLES', 'VERBS',
            'Finding', 'root', 'in_own_words', 'main', 'find_runs', 'resolve_run', 'show_table', 'again', 'find_student',
            'closing', 'run', 'sweep', 'train', 'list_all', 'recipe', 'show', 'chosen_runs', 'compare', 'functions_of',
-           'load_command', 'Verb', 'empty_folder', 'run_behind', 'notebooks', 'new', 'look_at_packages',
+           'load_command', 'Verb', 'empty_folder', 'run_behind', 'notebooks', 'app_page', 'new', 'look_at_packages',
            'look_at_devices', 'look_at_lpips', 'look_at_options', 'look_at_house', 'doctor']
 
 # %% ../../nbs/core/13_cli.ipynb #042a6469
@@ -459,6 +459,17 @@ def notebooks(folder: Annotated[Path, _arg(metavar="DIR", help="A new folder, or
         (folder / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / f, folder / f)
     print(f"{len(files)} notebooks in {folder.absolute()}; run yours with `kilobench run {project or 'PROJECT'} --notebooks {folder.absolute() / (project or 'PROJECT')}`")
+
+# %% ../../nbs/core/13_cli.ipynb #2a683b6b
+@app.command("app")
+def app_page(project: Project, run: Annotated[str, _opt("--run", help="The run whose student answers; default: the newest, else the reference.")] = "",
+             port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port of 127.0.0.1; 0: the first free one from 8866 on.")] = 0,
+             browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the browser, or only print the address.")] = True) -> None:
+    """Open a project's explorer as a page; only this machine can see it."""
+    if project not in find_projects(): raise UserError(f"project: {nearest(project, find_projects())}")
+    if "explore" not in functions_of(project): raise UserError(f"{project} has no explorer: no function `explore` in its commands.py")
+    from kilobench.core.webapp import serve
+    serve(project, run, port, browser)
 
 # %% ../../nbs/core/13_cli.ipynb #d60bf0f7
 @app.command()

@@ -7,8 +7,9 @@ __all__ = ['DECISIVE', 'WORD', 'mix', 'StepSampler', 'fetch', 'TensorData', 'Spl
            'trainable', 'make_optimizer', 'make_schedules', 'NotFinite', 'Meter', 'FitState', 'Callback',
            'start_callbacks', 'mean_gradients', 'named_terms', 'one_update', 'train_mode', 'evaluating',
            'run_evaluation', 'EMA', 'read_checkpoint', 'recover', 'swap', 'save_checkpoint', 'load_weights', 'resume',
-           'Checkpoint', 'CSVLog', 'TensorBoard', 'WeightsAndBiases', 'in_notebook', 'Progress', 'LivePlot', 'Strips',
-           'stopped_by_signals', 'make_accelerator', 'fit', 'Fitted', 'seconds_trained', 'load_fitted']
+           'Checkpoint', 'CSVLog', 'TensorBoard', 'WeightsAndBiases', 'in_notebook', 'Progress', 'Strips',
+           'loss_figure', 'LiveView', 'stopped_by_signals', 'TrainingStopped', 'make_accelerator', 'fit', 'Fitted',
+           'seconds_trained', 'load_fitted']
 
 # %% ../../nbs/core/05_training.ipynb #129f2362
 import csv, errno, hashlib, inspect, json, math, os, pickle, random, re, shutil, signal, sys, threading, time
@@ -302,7 +303,8 @@ class FitState:
     csv: dict[str, Any] = field(default_factory=lambda: {"bytes": 0, "sha256": hashlib.sha256().hexdigest()})
     earlier: float = 0.0                                       # seconds before this process
     started: float = field(default_factory=time.perf_counter)
-    stopping: str = ""                                         # name of the signal that asks to stop
+    strip: Path | None = None                                  # the last picture that Strips has painted
+    stopping: str = ""                                         # name of the signal that asks to stop, or "the Stop button"
     board: Any = None                                          # TensorBoard's writer, once there is one
     first: int = 1                                             # the first step of this session
 
@@ -734,12 +736,13 @@ def in_notebook() -> bool:
 
 
 class Progress(Callback):
-    """A bar in a terminal or notebook, else one line each tenth of the way: loss, steps/s, time left."""
+    """A bar in a terminal, else one line each tenth of the way: loss, steps/s, time left. In JupyterLab `LiveView` says it."""
 
     def on_start(self, state: FitState) -> None:
         self.begin, self.t0, self.told, self.bar = state.step, time.perf_counter(), time.perf_counter(), None
         self.marks = {state.step + math.ceil((state.stop - state.step) * i / 10) for i in range(1, 11)} if state.main else set()
-        quiet = os.environ.get("KILOBENCH_HEADLESS", "") not in ("", "0") or not (in_notebook() or sys.stderr.isatty())
+        if in_notebook(): self.marks = set()
+        quiet = os.environ.get("KILOBENCH_HEADLESS", "") not in ("", "0") or not sys.stderr.isatty()
         if state.main and not quiet and state.stop > state.step:
             self.bar = tqdm(total=state.stop, initial=state.step, desc=state.name, mininterval=0.5)
 
@@ -762,37 +765,6 @@ class Progress(Callback):
     def on_end(self, state: FitState) -> None:
         if self.bar is not None: self.bar.close()
 
-# %% ../../nbs/core/05_training.ipynb #1e306154
-class LivePlot(Callback):
-    """In an interactive notebook: the loss so far, redrawn at most every `seconds`."""
-
-    def __init__(self, seconds: float = 2.0): self.every = seconds
-
-    def on_start(self, state: FitState) -> None:
-        self.points, self.handle, self.drawn = [], None, time.perf_counter()
-        self.on = state.main and in_notebook()
-
-    def on_log(self, state: FitState) -> None:
-        if not self.on: return
-        self.points.append((state.step, state.row["loss"]))
-        if time.perf_counter() - self.drawn > self.every: self.draw(state)
-
-    def draw(self, state: FitState) -> Any:
-        """Draw now; returns the figure."""
-        from IPython.display import display
-        from kilobench.core.show import new_figure, style
-        with style(): fig = new_figure(6, 2.2); ax = fig.subplots()
-        ax.plot(*zip(*self.points), marker="o" if len(self.points) < 12 else None, ms=3)
-        positive = min(v for _, v in self.points) > 0      # a hinge generator's loss is not
-        ax.set(xlabel="step", ylabel="loss", xlim=(0, state.cfg.steps), yscale="log" if positive else "linear")
-        if self.handle is None: self.handle = display(fig, display_id=True)
-        else: self.handle.update(fig)
-        self.drawn = time.perf_counter()
-        return fig
-
-    def on_end(self, state: FitState) -> None:
-        if self.on and self.handle is not None: self.draw(state)  # the last points; a training shorter than one redraw has no plot
-
 # %% ../../nbs/core/05_training.ipynb #7def81a6
 class Strips(Callback):
     """Every `every` steps paint `fn(modules)` into figures/<name>-<step>.png; fn gives [H, W, 3] or [3, H, W], a PIL image or a figure."""
@@ -812,6 +784,7 @@ class Strips(Callback):
             if hasattr(picture, "savefig"): picture.savefig(tmp, format="png")
             else: _pil(picture).save(tmp, format="PNG")
         with Image.open(path) as saved: state.writer().add_image(self.name or state.name, np.asarray(saved.convert("RGB")), state.step, dataformats="HWC")
+        state.strip = path
         return path
 
 
@@ -822,6 +795,78 @@ def _pil(picture: Any) -> Any:
     if x.is_floating_point(): x = (x.clamp(0, 1) * 255).round()
     if x.shape[0] in (1, 3) and x.shape[-1] not in (1, 3): x = x.permute(1, 2, 0)
     return Image.fromarray(x.to(torch.uint8).squeeze(-1).numpy()).convert("RGB")
+
+# %% ../../nbs/core/05_training.ipynb #6d71996c
+def loss_figure(points: Sequence[tuple[int, float]], steps: int, title: str = "", strip: Path | None = None) -> Any:
+    """The loss over the steps as a figure, on a logarithmic axis where it is positive; below it a picture file."""
+    from PIL import Image
+    from kilobench.core.show import new_figure, style
+    picture = np.asarray(Image.open(strip).convert("RGB")) if strip else None
+    tall = 0 if picture is None else min(3.0, 6 * picture.shape[0] / picture.shape[1])
+    with style():
+        fig = new_figure(6, 2.2 + tall)
+        axes = fig.subplots(1 + bool(tall), height_ratios=[2.2, tall] if tall else [1], squeeze=False)[:, 0]
+        axes[0].plot(*zip(*points), marker="o" if len(points) < 12 else None, ms=3)
+        positive = min(v for _, v in points) > 0      # a hinge generator's loss is not
+        axes[0].set(xlabel="step", ylabel="loss", xlim=(0, steps), yscale="log" if positive else "linear", title=title)
+        if tall: axes[1].imshow(picture); axes[1].axis("off")
+    return fig
+
+# %% ../../nbs/core/05_training.ipynb #720e8046
+class LiveView(Callback):
+    """In an interactive notebook: how far, how long still, the loss, the last strip, a button that stops; pictures anew at most every `seconds`."""
+
+    def __init__(self, seconds: float = 2.0): self.every, self.points, self.view = seconds, [], None
+
+    def on_start(self, state: FitState) -> None:
+        self.points, self.view = [], None
+        if not (state.main and state.stop > state.step and in_notebook()): return
+        import ipywidgets as widgets
+        from IPython.display import display
+        from kilobench.core.explore import while_busy
+        self.begin, self.t0, self.strip = state.step, time.perf_counter(), state.strip
+        self.told = self.drawn = self.t0
+        self.button = widgets.Button(description="Stop", icon="stop", layout={"width": "auto"}, tooltip="ends the step under way, saves a checkpoint and stops; run the cell again to go on")
+        self.button.on_click(lambda _: self.stop(state))
+        while_busy(self.button)
+        self.bar, self.words = widgets.IntProgress(value=state.step, max=state.stop, layout={"width": "160px"}), widgets.Label()
+        self.pictures = [widgets.Image(format="png", layout={"display": "none", "max_width": "min(100%, 560px)", "max_height": "320px", "object_fit": "contain"}) for _ in range(2)]
+        self.view = widgets.VBox([widgets.HBox([self.button, self.bar, self.words], layout={"grid_gap": "8px"}), *self.pictures])
+        self.view.add_class("kilobench-training")
+        self.handle = display(self.view, display_id=True)
+
+    def stop(self, state: FitState) -> None:
+        """What the button does; JupyterLab calls it in another thread than the training's."""
+        state.stopping = state.stopping or "the Stop button"
+        self.button.disabled, self.button.description = True, "stopping …"
+
+    def line(self, state: FitState) -> str:
+        """How far, how fast, how long still, and the last numbers."""
+        done, seconds = state.step - self.begin, time.perf_counter() - self.t0
+        left = f", {timedelta(seconds=round((state.stop - state.step) * seconds / done))} left" if done and state.step < state.stop else ""
+        numbers = [f", {k} {v:.4g}" for k, v in {"loss": state.row.get("loss"), **state.metrics}.items() if isinstance(v, float)]
+        return f"{state.name}: step {state.step} of {state.cfg.steps}, {done / seconds:.1f} a second{left}" + "".join(numbers[:4])
+
+    def on_step(self, state: FitState) -> None:
+        if self.view is None or time.perf_counter() - self.told < 0.5: return
+        self.bar.value, self.words.value, self.told = state.step, self.line(state), time.perf_counter()
+        if state.strip is not self.strip: self._put(1, state.strip.read_bytes()); self.strip = state.strip
+
+    def on_log(self, state: FitState) -> None:
+        if self.view is None: return
+        self.points.append((state.step, state.row["loss"]))
+        if time.perf_counter() - self.drawn > self.every: self._put(0, loss_figure(self.points, state.cfg.steps)._repr_png_()); self.drawn = time.perf_counter()
+
+    def _put(self, k: int, png: bytes) -> None: self.pictures[k].value, self.pictures[k].layout.display = png, None
+
+    def on_end(self, state: FitState) -> None:
+        """What stays in the notebook: the curve and the last strip; of a training shorter than one redraw a line."""
+        if self.view is None: return
+        from IPython.display import Pretty
+        line, long = self.line(state), self.drawn > self.t0
+        self.handle.update(loss_figure(self.points, state.cfg.steps, line, state.strip) if long else Pretty(line))
+        for w in (self.button, self.bar, self.words, *self.pictures, self.view): w.close()
+        self.view = None
 
 # %% ../../nbs/core/05_training.ipynb #33745209
 @contextmanager
@@ -839,10 +884,15 @@ def stopped_by_signals(state: FitState) -> Iterator[None]:
         for s, handler in before.items(): signal.signal(s, handler if handler is not None else signal.SIG_DFL)
 
 
+class TrainingStopped(KeyboardInterrupt):
+    """A training that was asked to stop and has saved a checkpoint. A notebook shows the line and no traceback."""
+    def _render_traceback_(self) -> list[str]: return [str(self)]
+
+
 def _stop_now(state: FitState) -> None:
     text = f"{state.name}: stopped by {state.stopping} at step {state.step} of {state.cfg.steps}, checkpoint saved; start again to go on"
-    if state.main: print(text, flush=True)
-    raise KeyboardInterrupt(text) if state.stopping == "SIGINT" else SystemExit(143)
+    if state.main and not in_notebook(): print(text, flush=True)
+    raise SystemExit(143) if state.stopping == "SIGTERM" else TrainingStopped(text)
 
 
 def _stop_asked(state: FitState) -> bool:
@@ -1001,7 +1051,7 @@ def fit(run: Run, name: str, modules: nn.Module | dict[str, nn.Module], loss: Ca
     updates = [Update(name, [n for n, m in modules.items() if trainable(m)], loss)] if callable(loss) else list(loss)
     _check(name, modules, updates, cfg, evaluate, metrics, best)
     state = _set_up(run, name, modules, updates, cfg, metrics, best, stop_at, hold_norms)
-    own = [EMA(), Checkpoint(), CSVLog(), TensorBoard(), WeightsAndBiases(), Progress(), LivePlot()]
+    own = [EMA(), Checkpoint(), CSVLog(), TensorBoard(), WeightsAndBiases(), Progress(), LiveView()]
     own = [c for c in own if not any(type(c) is type(mine) for mine in callbacks)]
     with seeded(mix(run.recipe.seed, name, state.rank)), _plain_errors(state):
         try:

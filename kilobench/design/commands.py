@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'ANSWERING', 'MAX_PIXELS', 'load_answering', 'on_pasteboard', 'answer', 'take_apart', 'full_brief',
-           'draw_designs', 'sheet_of', 'predict', 'data', 'check_folder', 'export', 'check']
+           'draw_designs', 'sheet_of', 'predict', 'explore', 'data', 'check_folder', 'export', 'check']
 
 # %% ../../nbs/design/05_commands.ipynb #6387ed16
 import shlex
@@ -152,6 +152,15 @@ def predict(image: Annotated[Path | None, typer.Option(help="The design to take 
     if image is not None: return take_apart(image, out or Path("reading"), run, student)
     if not asked: raise UserError("predict: give --image FILE to take a design apart, or --goal, --format or --tone to draw new ones")
     draw_designs(out or Path("new-designs"), goal, format, tone, n, seed, run)
+
+# %% ../../nbs/design/05_commands.ipynb #cf6ccfaf
+def explore(student: Path) -> Any:
+    """Draw a design from its labels, click an element, move, resize, recolour or delete it: the oracle knows the new structure and its scores, the student reads both off the picture."""
+    from kilobench.design.counterfactual import explorer
+    from kilobench.design.evaluate import reader_of
+    from kilobench.design.train import load_trained
+    model, config = load_trained(student)
+    return explorer(reader_of(config["student"], model), config["size"])
 
 # %% ../../nbs/design/05_commands.ipynb #3878c691
 def data(out: Annotated[Path, typer.Option(help="Folder to write images/, f_tensors/ and metadata/ into.")] = Path("designs"),

@@ -207,16 +207,18 @@ def edit_sheet(condition: Asked, edits: Callable[[Asked], list[Edit]], teacher: 
     return montage({name: list(r.values()) for name, r in rows.items()}, titles=list(next(iter(rows.values()))), size=1.3)
 
 # %% ../../nbs/kilonerf/04_counterfactual.ipynb #b00a289c
-def explorer(made: SceneData, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 200) -> Explorer:
-    """Orbit sliders and an edit; teacher, student, difference, depth and seams follow. Without students, `needs` says what to do."""
-    teacher = ask_teacher(made)
+def explorer(made: SceneData | None, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 192) -> Explorer:
+    """Orbit sliders and an edit; teacher, student, difference, depth and seams follow. Without a scene there is no teacher; without students, `needs` says what to do."""
+    teacher = ask_teacher(made) if made else None
 
     def show(edit: str, azimuth: float, elevation: float, distance: float) -> dict[str, Any]:
         asked = Asked("" if edit == "none" else edit, azimuth, elevation, distance, size)
-        want, frame = teacher([asked])[0], render_frame(students[asked.scene], asked.camera)
+        frame = render_frame(students[asked.scene], asked.camera)
         got, far = over(frame.rgb, frame.alpha, 1.0).clamp(0, 1), frame.depth.max().clamp(min=1e-6)
-        return {"teacher": want, "student": got, "difference ×4": diff_map(want, got), "depth": frame.depth / far, "seams": weight_map(students[asked.scene], asked.camera, frame),
-                "score": f"{psnr(got[None], want[None]).item():.1f} dB"}
+        own = {"student": got, "depth": frame.depth / far, "seams": weight_map(students[asked.scene], asked.camera, frame)}
+        if teacher is None: return own
+        want = teacher([asked])[0]
+        return {"teacher": want, "student": got, "difference ×4": diff_map(want, got)} | own | {"score": f"{psnr(got[None], want[None]).item():.1f} dB"}
 
     controls = {"edit": ["none", *(w for w in students or {} if w)], "azimuth": (0, 360, 5, 40), "elevation": (-5, 85, 5, 25), "distance": (2.5, 6.0, 0.1, 4.0)}
     return Explorer(controls, show, needs=needs, title="Walk around it")
