@@ -109,8 +109,8 @@ def _complete_projects() -> list[str]: return find_projects()
 def _complete_runs() -> list[str]: return find_runs()
 
 Project = Annotated[str, _arg(metavar="PROJECT", help="See `kilobench list`.", autocompletion=_complete_projects)]
-Overrides = Annotated[list[str] | None, _arg(metavar="[NAME=VALUE]...", help="Recipe values: data.n=100 seed=7.", autocompletion=_fields)]
-Preset = Annotated[str, typer.Option("--preset", "-p", help="smoke | cpu | full", autocompletion=_presets)]
+Overrides = Annotated[list[str] | None, _arg(metavar="NAME=VALUE", help="Recipe values: data.n=100 seed=7.", autocompletion=_fields)]
+Preset = Annotated[str, typer.Option("--preset", "-p", help="smoke | cpu | full, or one of the project's own; see `kilobench list`.", autocompletion=_presets)]
 Name = Annotated[str, _opt("--name", help="The run's name under outputs/PROJECT/; default: preset and overrides decide.")]
 Device = Annotated[str, _opt("--device", help="auto | cpu | cuda | cuda:N | mps; the same as device=…")]
 OneRun = Annotated[str, _arg(metavar="RUN", help="A folder, or PROJECT/NAME, or PROJECT for its newest.", autocompletion=_complete_runs)]
@@ -242,7 +242,7 @@ def _run_row(name: str) -> tuple:
     except UserError as e: return name, str(e), None, "", "", ""
 
 @app.command("list")
-def list_all(project: Annotated[str, _arg(metavar="[PROJECT]", help="Only this one.", autocompletion=_complete_projects)] = "") -> None:
+def list_all(project: Annotated[str, _arg(metavar="PROJECT", help="Only this one.", autocompletion=_complete_projects)] = "") -> None:
     """List projects with their presets, and the runs under outputs/."""
     projects = find_projects()
     if project and project not in projects: raise UserError(f"project: {nearest(project, projects)}")
@@ -298,7 +298,7 @@ def show(run: OneRun) -> None:
     print(closing(made))
 
 @app.command()
-def compare(runs: Annotated[list[str], _arg(metavar="RUN...", help="Two or more, as for show.", autocompletion=_complete_runs)]) -> None:
+def compare(runs: Annotated[list[str], _arg(metavar="RUN", help="Two or more, as for show.", autocompletion=_complete_runs)]) -> None:
     """Put the rows of several runs side by side; refused where they were measured differently."""
     from kilobench.core.scorecard import compare as compare_reports
     files = list(dict.fromkeys(resolve_run(r).path("report.json") for r in runs))
