@@ -73,7 +73,11 @@ def test_help_imports_nothing_heavy(toy):
 def test_help_names_every_command(toy):
     assert toy("--version").stdout.strip() == kilobench.__version__
     said = toy("--help", env={"TERMINAL_WIDTH": "200"}).stdout
+<<<<<<< HEAD
     for command in "run sweep train list show compare recipe predict data export check doctor notebooks".split(): assert f"│ {command} " in said
+=======
+    for command in "run train list show compare recipe predict data export check doctor notebooks new".split(): assert f"│ {command} " in said
+>>>>>>> w-new
 
 
 @pytest.mark.parametrize("line, said", [
@@ -81,7 +85,7 @@ def test_help_names_every_command(toy):
     ("run toy steps", "expected name=value"), ("run toy --preset smok", "did you mean 'smoke'"), ("run toy --only trian", "did you mean 'train'"),
     ("run toy --param x", "--param 'x'"), ("run toy --device gpu --only data", "device"), ("run toy --steps 5", "No such option: --steps (recipe values have no dashes, such as seed=7; kilobench run --help"), ("run toy smoke", "is a preset; write --preset smoke"), ("show a b", "(kilobench show --help"), ("compare toy/cpu", "two runs or more"), ("compare toy/cpu toy", "there is no report"), ("compare toi", "did you mean 'toy/cpu'"), ("sweep toy", "nothing to sweep"), ("sweep toy stpes=1,2", "did you mean 'steps'"), ("run toy --name a/b", "--name"),
     ("run toy --notebooks /nowhere", "/nowhere: no such folder"), ("recipe toi", "did you mean 'toy'"), ("train toy steps=many", "int ≥ 1"),
-    ("show toy/cup", "did you mean 'toy/cpu'"), ("list toi", "did you mean 'toy'"), ("predict", "which project? toy"), ("predict toi", "did you mean 'toy'"),
+    ("show toy/cup", "did you mean 'toy/cpu'"), ("list toi", "did you mean 'toy'"), ("new toy", "a word of kilobench's own"), ("new My-Toy", "such as 'my_toy'"), ("predict", "which project? toy"), ("predict toi", "did you mean 'toy'"),
     ("export toy", "toy has no export; it has predict, check"), ("predict toy", "Missing option '--text'"), ("predict toy --text ''", "--text: empty")])
 def test_a_mistake_is_one_line_and_exit_2(toy, line, said):
     assert said in one_line(toy(*[a.strip("'") for a in line.split()]))

@@ -13,7 +13,7 @@ import notebook_checks as nc
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from toy_project import RECIPE
+from toy_project import RECIPE, STAGES, write_stage
 
 import kilobench
 
@@ -147,6 +147,13 @@ def test_wheel_works_outside_a_checkout(wheel, tmp_path):
     copied = outside(wheel, tmp_path, "-m", "kilobench", "notebooks", "mine", "--project", "core")
     assert copied.returncode == 0 and (tmp_path / "mine/core/13_cli.ipynb").read_bytes() == (ROOT / "nbs/core/13_cli.ipynb").read_bytes(), copied.stderr
     assert "steps\t3\t" in outside(wheel, tmp_path, "-m", "kilobench", "recipe", "toy").stdout
+
+
+def test_a_series_of_the_wheel_keeps_its_caches_beside_its_runs(wheel, tmp_path):
+    for stage in STAGES: write_stage(tmp_path / "mine", stage, *["from kilobench.core.run import outputs_dir\nprint(outputs_dir())"] * (stage == "data"))
+    done = outside(wheel, tmp_path, "-m", "kilobench", "run", "toy", "--only", "data", "--notebooks", "mine")
+    assert done.returncode == 0, done.stderr
+    assert f'"{tmp_path / "outputs"}\\n"' in (tmp_path / "outputs" / "toy" / "smoke" / "notebooks" / "00_data.ipynb").read_text()
 
 
 @pytest.mark.parametrize("project", nc.projects())

@@ -266,7 +266,7 @@ def _run_row(name: str) -> tuple:
     except UserError as e: return name, str(e), None, "", "", ""
 
 @app.command("list")
-def list_all(project: Annotated[str, _arg(metavar="[PROJECT]", help="Only this one.", autocompletion=_complete_projects)] = "") -> None:
+def list_all(project: Annotated[str, _arg(metavar="PROJECT", help="Only this one.", autocompletion=_complete_projects)] = "") -> None:
     """List projects with their presets, and the runs under outputs/."""
     projects = find_projects()
     if project and project not in projects: raise UserError(f"project: {nearest(project, projects)}")

@@ -92,12 +92,13 @@ def _as(default: Any, value: Any, name: str) -> Any:
 QUIET_THREADS = {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0", "GOMP_SPINCOUNT": "30000"}
 
 def kernel_environment() -> dict[str, str]:
-    """Variables for a kernel: no progress bars, pictures inline, and the kilobench of this process on the path."""
+    """Variables for a kernel: no progress bars, pictures inline, the kilobench of this process on the path, and its outputs folder."""
     home = str(Path(kilobench.__file__).resolve().parents[1])
     path = [home] * (home not in site.getsitepackages()) + [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
     quiet = {k: os.environ.get(k, v) for k, v in QUIET_THREADS.items()}
     inline = "module://matplotlib_inline.backend_inline"
-    return quiet | {"KILOBENCH_HEADLESS": "1", "MPLBACKEND": inline, "PYTHONPATH": os.pathsep.join(path)}
+    # outside a checkout outputs/ is found from the working directory, and a kernel's is its run folder
+    return quiet | {"KILOBENCH_HEADLESS": "1", "KILOBENCH_OUTPUTS": str(outputs_dir()), "MPLBACKEND": inline, "PYTHONPATH": os.pathsep.join(path)}
 
 _silent = logging.getLogger("kilobench.series")  # what nbclient and jupyter_client log is told by our own lines
 _silent.addHandler(logging.NullHandler())
