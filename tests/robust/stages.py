@@ -1,0 +1,12 @@
+"""The five stages of a run without notebooks, in this process: python stages.py PROJECT NAME OVERRIDES. What the kills kill, and what they are compared with."""
+import importlib
+import sys
+
+from kilobench.core.recipe import load_recipe_class
+from kilobench.core.run import Run, outputs_dir
+from kilobench.core.series import STAGES
+
+if __name__ == "__main__":
+    project, name, values = sys.argv[1:]
+    run = Run.open(load_recipe_class(project).make("smoke", values), outputs_dir() / project / name)
+    for stage in STAGES: getattr(importlib.import_module(f"kilobench.{project}.{stage}"), stage)(run)
