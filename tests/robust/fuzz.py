@@ -46,7 +46,7 @@ class Watch:
         elif event in WRITES:
             for a in args[:2]:
                 if isinstance(a, (str, bytes, os.PathLike)) and not os.path.abspath(os.fsdecode(a)).startswith(self.inside): self.seen.append(f"{event} {os.fsdecode(a)}")
-        elif event in STARTS: self.seen.append(f"{event} {str(args[:2])[:80]}")
+        elif event in STARTS and args[0] not in (None, "git"): self.seen.append(f"{event} {str(args[:2])[:80]}")
 
 
 def fake_ghostscript(folder: Path, mark: Path) -> None:
@@ -171,8 +171,8 @@ def run(n: int, projects: tuple[str, ...], folder: Path, only: str = "", say: An
             if p.returncode:
                 at, _, name = (place / "at").read_text().partition(" ") if (place / "at").exists() else ("0", "", "start")
                 last = place / "work" / "last-input"
-                found.append({"project": project, "reader": name, "kind": "?", "inputs": 0, "seconds": 0, "faults": {f"the process ended with {p.returncode}": {"input": last.read_bytes().hex() if last.exists() else "", "more": errors[-1500:], "times": 1}}})
-                say(f"    FAULT {project} {name}: the process ended with {p.returncode}: {errors[-800:]}")
+                found.append({"project": project, "reader": name, "kind": "?", "inputs": 0, "seconds": 0, "faults": {f"the process ended with {p.returncode}": {"input": last.read_bytes().hex() if last.exists() else "", "more": errors[:500] + errors[-1000:], "times": 1}}})
+                say(f"    FAULT {project} {name}: the process ended with {p.returncode}: {errors[:300]} … {errors[-500:]}")
                 skip = int(at) + 1
             shutil.rmtree(place, ignore_errors=True)
             if not p.returncode: break

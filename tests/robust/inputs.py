@@ -12,7 +12,7 @@ from typing import Any, Callable
 from hypothesis import strategies as st
 
 SECRET, MARK = "SECRET", "MARK"      # put into inputs as words; the child process replaces them by real paths
-HUGE = (0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**62, 2**63 - 1, 2**64, 10**30)
+HUGE = (0, 1, -1, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**53, 2**62, 2**63 - 1, 2**64, 10**30, 10**400)
 WORDS = ("", " ", "\0", "a" * 3000, "../SECRET/x", "../../SECRET/x.png", "SECRET/x.png", "/etc/passwd", "..", ".", "/", "~", "C:\\x", "x\ny", "\u202e\u0000é", "\ud800", "nan", "-0",
          "__import__('os').system('touch MARK')", "!!python/object/apply:os.system ['touch MARK']", "{{ 7*7 }}", "<script>alert(1)</script>", "%s%n", "1e999", "null", "٣", "\x1b[2J")
 PLAIN = (None, True, False, [], {}, [[]], {"": {}}, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, 0.5, -0.0, [None], [[1, 2], [3]], "x")
@@ -129,7 +129,9 @@ def yaml_of(data: bytes, r: random.Random) -> bytes:
     elif how == 4: lines.insert(r.randrange(len(lines)), r.choice(lines))
     elif how == 5: del lines[r.randrange(len(lines))]
     elif how == 6: return yaml.safe_dump(other(json.loads(json.dumps(yaml.safe_load(data))), r), allow_unicode=r.random() < 0.5).encode(errors="replace")
-    else: lines[(i := r.randrange(len(lines)))] = " " * r.randint(1, 3) + lines[i]
+    else:
+        i = r.randrange(len(lines))
+        lines[i] = " " * r.randint(1, 3) + lines[i]
     return "\n".join(lines).encode(errors="surrogatepass")
 
 

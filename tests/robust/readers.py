@@ -34,12 +34,17 @@ def a_run(project: str) -> Callable[[Path], None]:
     """A run's folder as a reference has it, with stages and an executed notebook."""
     def make(d: Path) -> None:
         from kilobench.core.run import write_json
-        for f in ("recipe.yaml", "manifest.json", "report.json"): shutil.copy(reference(project) / f, d / f)
+        from kilobench.core.recipe import load_recipe_class
+        from kilobench.core.run import Run
+        from kilobench.core.scorecard import CriterionAsked
+        Run.open(load_recipe_class(project).make("smoke"), d).stamp({"seed": 42})
+        shutil.copy(reference(project) / "report.json", d / "report.json")
         write_json(d / "stages.json", {"stages": {s: {"state": "done", "seconds": 1.5, "time": "2026-01-01 10:00", "files": ["report.json"]} for s in ("data", "model", "train", "evaluate", "counterfactual")}})
         (d / "parts").mkdir(exist_ok=True)
         r = json.loads((d / "report.json").read_text())
-        write_json(d / "parts" / "evaluate.json", {"stage": "evaluate", "stamp": r["stamp"], "checks": r["data"]["checks"], "ceilings": r["data"]["ceilings"], "rows": r["rows"][:3], "pictures": [{"title": "a", "path": "figures/a.png"}], "counterfactual": {},
-                                                   "criteria": [{k: c[k] for k in ("name", "metric", "op", "threshold", "source")} for c in r["criteria"][:2]], "collapse": []})
+        asked = [CriterionAsked(row=r["rows"][0]["name"], **{k: c[k] for k in ("name", "op", "threshold", "source")}, metric=c["metric"].split("/", 1)[1]).model_dump() for c in r["criteria"][:2]]
+        write_json(d / "parts" / "evaluate.json", {"stage": "evaluate", "stamp": {"seed": 42}, "checks": r["data"]["checks"], "ceilings": r["data"]["ceilings"], "rows": r["rows"][:3], "criteria": asked,
+                                                   "collapse": [], "counterfactual": {}, "pictures": [{"title": "a", "path": "figures/a.png"}]})
         picture(d / "figures" / "a.png")
         (d / "notebooks").mkdir(exist_ok=True)
         shutil.copy(ROOT / "nbs" / project / "01_model.ipynb", d / "notebooks" / "01_model.ipynb")
@@ -106,9 +111,9 @@ def notebook(d: Path) -> Any:
 
 def history(d: Path) -> Any:
     from kilobench.core.run import RunFolder
-    from kilobench.core.show import curves
+    from kilobench.core.show import plot_history
     from kilobench.core.training import seconds_trained
-    return curves(d / "metrics-net.csv"), seconds_trained(RunFolder(d), "net")
+    return plot_history(d / "metrics-net.csv"), seconds_trained(RunFolder(d), "net")
 
 
 def page_picture(d: Path) -> Any:
