@@ -193,13 +193,15 @@ ASIDE = re.compile(r"step|epoch|time|seconds|images_per_s|samples_per_s|(lr|grad
 
 def _read_history(history: Any) -> pd.DataFrame:
     """A metrics CSV (path), a DataFrame or a list of dicts → DataFrame with a `step` column and at least one row."""
+    where = "show: a history"
     if isinstance(history, (str, Path)):
+        where = f"show: {history}: the history"
         if not Path(history).is_file(): raise UserError(f"show: no metrics file {history}; train first")
         try: history = pd.read_csv(history)
         except (ValueError, OverflowError, OSError) as e:      # pandas's own are ValueErrors
             raise UserError(f"show: {history} is not a readable metrics CSV ({e})") from e
     frame = pd.DataFrame(history)
-    if "step" not in frame or not len(frame): raise UserError("show: a history needs a 'step' column and at least one row")
+    if "step" not in frame or not len(frame) or not pd.api.types.is_numeric_dtype(frame["step"]): raise UserError(f"{where} needs a 'step' column of numbers and at least one row")
     return frame
 
 

@@ -111,9 +111,9 @@ def notebook(d: Path) -> Any:
 
 def history(d: Path) -> Any:
     from kilobench.core.run import RunFolder
-    from kilobench.core.show import plot_history
+    from kilobench.core.show import curve
     from kilobench.core.training import seconds_trained
-    return plot_history(d / "metrics-net.csv"), seconds_trained(RunFolder(d), "net")
+    return curve(d / "metrics-net.csv"), seconds_trained(RunFolder(d), "net")
 
 
 def page_picture(d: Path) -> Any:
