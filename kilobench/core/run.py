@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICTURES', 'UNREADABLE', 'LIBRARIES', 'project_root', 'outputs_dir', 'notebooks_dir', 'reference_dir', 'disk_full',
-           'atomic_path', 'atomic_write', 'write_json', 'read_json', 'sha256_of', 'folder_lock', 'git_state',
+           'atomic_path', 'atomic_write', 'write_json', 'read_json', 'sha256_of', 'within', 'folder_lock', 'git_state',
            'library_versions', 'machine', 'circumstances', 'StageEntry', 'StageBook', 'RunFolder', 'is_main',
            'RunRecord', 'default_dir', 'RunOpening', 'Run', 'keep_memory', 'stage', 'open_run', 'newest_run']
 
@@ -132,6 +132,14 @@ def sha256_of(path: str | Path) -> str:
 # %% ../../nbs/core/01_run.ipynb #5f0a2d1e
 PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")      # for Image.open(…, formats=PICTURES): none of these starts a program
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, EOFError, NotImplementedError, struct.error, zlib.error)
+
+# %% ../../nbs/core/01_run.ipynb #2c1c327a
+def within(folder: str | Path, file: str | Path) -> Path:
+    "`file` as it is, if it lies below `folder`; one that leads out of it, by its name or by a link, is a UserError. It need not exist."
+    try: inside = Path(file).resolve().is_relative_to(Path(folder).resolve())
+    except (OSError, RuntimeError, ValueError): inside = False
+    if not inside: raise UserError(f"{file}: leads out of {folder}; copy what it names into the folder")
+    return Path(file)
 
 # %% ../../nbs/core/01_run.ipynb #7bf3313f
 _held: dict[str, int] = {}  # lock file → its descriptor, in this process
@@ -312,9 +320,9 @@ def is_main() -> bool:
 _FACTS = {"later": list, "device": dict, "libraries": dict, "stamp": dict, "argv": list, "time": str, "recipe": str}
 
 def _is_manifest(said: Any) -> bool:
-    "Facts of the right kinds, `later` a list of such, and no number that JSON has not?"
+    "Facts of the right kinds, `later` a list of such, and neither a number that JSON has not nor half a character?"
     if not isinstance(said, dict) or not all(isinstance(said[k], kind) for k, kind in _FACTS.items() if k in said): return False
-    try: json.dumps(said, allow_nan=False)
+    try: json.dumps(said, allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError): return False
     return all(map(_is_manifest, said.get("later", [])))
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.recipe import UserError
-from ..core.run import Run, disk_full, folder_lock, read_json, stage, write_json
+from ..core.run import Run, disk_full, folder_lock, read_json, stage, within, write_json
 from ..core.scorecard import Scorecard
 from .oracle import SCORES, damage_ladder, grammar
 from .parse import map_of
@@ -31,8 +31,8 @@ from .scene import FAMILIES, FORMATS, GOALS, Scene, ceilings, draw_scene, from_j
 
 # %% ../../nbs/design/00_data.ipynb #973e26f7
 def file_of(folder: Path, kind: str, index: int) -> Path:
-    """The file of one design: kind "images", "f_tensors" or "metadata"."""
-    return Path(folder) / kind / f"{index:06d}{'.json' if kind == 'metadata' else '.npy'}"
+    """The file of one design: kind "images", "f_tensors" or "metadata"; a link that leads out of the folder is a `UserError`."""
+    return within(folder, Path(folder) / kind / f"{index:06d}{'.json' if kind == 'metadata' else '.npy'}")
 
 
 def to_bytes(picture: np.ndarray, structure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

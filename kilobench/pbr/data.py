@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.metrics import psnr
 from ..core.recipe import UserError
-from ..core.run import Run, disk_full, folder_lock, read_json, stage, write_json
+from ..core.run import Run, disk_full, folder_lock, read_json, stage, within, write_json
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
 from ..core.training import mix
@@ -117,14 +117,14 @@ def read_photos(folder: Path, views: int, size: int) -> Tensor:
     """The first `views` photographs of a sample, [V, 3, size, size] in sRGB; a missing one, or one of another size, is a `UserError`."""
     files = [folder / f"{k}.png" for k in range(views)]
     if lost := [f for f in files if not f.exists()]: raise UserError(f"{lost[0]}: is missing; a sample has {views} photographs, 0.png to {views - 1}.png (data.num_views)")
-    return torch.stack([read_map(f, "albedo", size) for f in files])
+    return torch.stack([read_map(within(folder, f), "albedo", size) for f in files])
 
 
 def read_maps(folder: Path, size: int, normals: str = "opengl") -> Tensor:
     """Maps [8, size, size] of a material of the source's layout; `normals`: the convention they are stored in."""
     files = {name: folder / f"{name}.png" for name in CHANNELS}
     if lost := [f for f in files.values() if not f.exists()]: raise UserError(f"{lost[0]}: is missing; a material has {', '.join(f.name for f in files.values())}")
-    maps = torch.cat([read_map(f, name, size) for name, f in files.items()])
+    maps = torch.cat([read_map(within(folder, f), name, size) for name, f in files.items()])
     if normals == "directx": maps[6] = -maps[6]
     return maps
 
@@ -240,7 +240,8 @@ class PbrData(Dataset):
         """views [V, 3, S, S] and maps [8, S, S] of item i, from its PNGs."""
         e, own = self.entries[i], self.entries[i]["split"] != "real"
         inputs, outputs = (self.input_dir, self.output_dir) if own else (self.dir / "real/input", self.dir / "real/output")
-        return {"views": read_photos(inputs / e["source"] / e["sample"], self.views, self.size), "maps": read_maps(outputs / e["material"], self.size, self.normals if own else "opengl")}
+        photos, material = within(inputs, inputs / e["source"] / e["sample"]), within(outputs, outputs / e["material"])
+        return {"views": read_photos(photos, self.views, self.size), "maps": read_maps(material, self.size, self.normals if own else "opengl")}
 
     @cached_property
     def packed(self) -> Shards | None:

@@ -75,7 +75,7 @@ def killed_at(p: subprocess.Popen, outputs: Path, r: random.Random, budget: floa
             strike(p)
             return f"after {wait * 1000:.0f} ms"
         return ""
-    nth, seen, changes = r.randint(1, 30), names_in(outputs), 0
+    nth, seen, changes = int(r.choice((1, 10)) * r.uniform(1, 13)), names_in(outputs), 0
     while p.poll() is None:
         now = names_in(outputs)
         changes += now != seen

@@ -21,11 +21,11 @@ class Reader(NamedTuple):
 def reference(project: str) -> Path: return ROOT / "outputs" / "reference" / project / "cpu"
 
 
-def picture(file: Path, mode: str = "RGB", size: tuple[int, int] = (24, 24)) -> None:
+def picture(file: Path, mode: str = "RGB", size: tuple[int, int] = (24, 24), seed: int = 0) -> None:
     import numpy as np
     from PIL import Image
     file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (size[1], size[0], 4), np.uint8)).convert(mode).save(file)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 4), np.uint8)).convert(mode).save(file)
 
 
 # ---- core
@@ -254,7 +254,7 @@ def load_any(project: str) -> Callable[[Path], Any]:
 # ---- renderer
 
 def captions(d: Path) -> None:
-    for i in range(24): picture(d / f"{i}.png")
+    for i in range(24): picture(d / f"{i}.png", seed=i)
     (d / "captions.jsonl").write_text("".join(json.dumps({"file": f"{i}.png", "caption": f"a small red ball left of {i} cubes"}) + "\n" for i in range(24)))
 
 
@@ -298,11 +298,12 @@ def spoken_file(d: Path) -> None: (d / "captions.txt").write_text("two small red
 
 def a_ply(text: bool) -> Callable[[Path], None]:
     def make(d: Path) -> None:
+        from io import BytesIO
         from plyfile import PlyData
-        from kilobench.kilonerf.splats import blob, write_ply
-        write_ply(d / "x.ply", blob(6, degree=1))
+        from kilobench.kilonerf.splats import torus, write_ply
+        write_ply(d / "x.ply", torus(6, 1))
         if text:
-            ply = PlyData.read(str(d / "x.ply"))
+            ply = PlyData.read(BytesIO((d / "x.ply").read_bytes()))
             ply.text = True
             ply.write(str(d / "x.ply"))
     return make
