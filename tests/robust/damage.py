@@ -108,8 +108,9 @@ def judge(project: str, f: Path, how: str, name: str, was: tuple, now: tuple, wh
     return []
 
 
-def run(project: str, whole: Path, folder: Path, seed: int, share: float = 1.0, say: Any = print) -> dict[str, Any]:
+def run(project: str, whole: str | Path, folder: str | Path, seed: int, share: float = 1.0, say: Any = print) -> dict[str, Any]:
     """All artefacts of a finished run damaged in each way; `share` of the pairs. → damaged, by kind of outcome, faults."""
+    whole, folder = Path(whole), Path(folder)
     os.environ["KILOBENCH_OUTPUTS"] = str(folder)
     r, home, cache = random.Random(f"{seed} {project}"), folder / project / "base", folder / "cache" / project
     folder.mkdir(parents=True, exist_ok=True)

@@ -279,7 +279,7 @@ def traps() -> list[bytes]:
     import builtins
     import os
     import torch
-    calls = [Trap(os.system, "touch MARK"), Trap(builtins.eval, "open('MARK', 'w')"), Trap(builtins.exec, "open('MARK', 'w')"), Trap(open, "MARK", "w"), Trap(os.mkdir, "MARK"), Trap(getattr, os, "system"), Trap(torch.load, "SECRET/x")]
+    calls = [Trap(os.system, "touch MARK"), Trap(builtins.eval, "open('MARK', 'w')"), Trap(builtins.exec, "open('MARK', 'w')"), Trap(open, "MARK", "w"), Trap(os.mkdir, "MARK"), Trap(__import__, "this"), Trap(torch.load, "SECRET/x")]
     out = [pickle.dumps(c, p) for c in calls for p in (0, 2, 5)]
     for c in calls:
         for more in ({}, {"_use_new_zipfile_serialization": False}):

@@ -98,11 +98,11 @@ def escapes(root: Path) -> list[tuple[str, str, Callable[[], Any]]]:
     return out
 
 
-def run(folder: Path, say: Any = print) -> dict[str, Any]:
+def run(folder: str | Path, say: Any = print) -> dict[str, Any]:
     """Try them all; → how many by project, faults."""
     from kilobench.core.recipe import UserError
-    count: dict[str, int] = {}
-    faults = []
+    folder, count, faults = Path(folder), {}, []
+    os.chdir(folder)
     for project, what, act in escapes(folder):
         count[project] = count.get(project, 0) + 1
         try: act()

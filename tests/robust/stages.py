@@ -2,11 +2,13 @@
 import importlib
 import sys
 
-from kilobench.core.recipe import load_recipe_class
+from kilobench.core.recipe import UserError, load_recipe_class
 from kilobench.core.run import Run, outputs_dir
 from kilobench.core.series import STAGES
 
 if __name__ == "__main__":
     project, name, values = sys.argv[1:]
-    run = Run.open(load_recipe_class(project).make("smoke", values), outputs_dir() / project / name)
-    for stage in STAGES: getattr(importlib.import_module(f"kilobench.{project}.{stage}"), stage)(run)
+    try:
+        run = Run.open(load_recipe_class(project).make("smoke", values), outputs_dir() / project / name)
+        for stage in STAGES: getattr(importlib.import_module(f"kilobench.{project}.{stage}"), stage)(run)
+    except UserError as e: sys.exit(print(f"kilobench: {e}", file=sys.stderr) or 2)      # as the program says it
