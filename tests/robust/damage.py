@@ -50,18 +50,26 @@ def stages(project: str, run: Path) -> None:
     print(json.dumps([(x.name, x.metrics) for x in r.rows]))
 
 
+def checkpoints(run: Path) -> None:
+    """What a training that goes on does first: every file of a checkpoint against its sum."""
+    from kilobench.core.training import read_checkpoint
+    for state in sorted(run.glob("checkpoints/*/*/state.json")): print(state.parent, read_checkpoint(state.parent)["step"])
+
+
 def commands(project: str, run: Path, out: Path) -> dict[str, Callable[[], None]]:
     """Name → what is done with the run; each ends in SystemExit, as the program does."""
     from kilobench.core import cli
     def program(*args: str) -> Callable[[], None]: return lambda: cli.main(list(args))
-    def all_stages() -> None:
-        from kilobench.core.recipe import UserError
-        try: stages(project, run)
-        except UserError as e: print(f"kilobench: {e}", file=sys.stderr); sys.exit(2)
-        sys.exit(0)
+    def function(act: Callable[[], None]) -> Callable[[], None]:
+        def call() -> None:
+            from kilobench.core.recipe import UserError
+            try: act()
+            except UserError as e: print(f"kilobench: {e}", file=sys.stderr); sys.exit(2)
+            sys.exit(0)
+        return call
     target = out / {"design": "drawn", "pbr": "maps"}.get(project, "x.png")
     given = [*PREDICT[project], *(["--input", str(out.parent / "photos")] if project == "pbr" else [])]
-    return {"show": program("show", str(run)), "stages": all_stages, "predict": program("predict", project, *given, "--run", str(run), "--out", str(target)), "check": program("check", project, "--run", str(run))}
+    return {"show": program("show", str(run)), "stages": function(lambda: stages(project, run)), "resume": function(lambda: checkpoints(run)), "predict": program("predict", project, *given, "--run", str(run), "--out", str(target)), "check": program("check", project, "--run", str(run))}
 
 
 def used(act: Callable[[], None], out: Path) -> tuple[int, str, str, str]:
