@@ -110,7 +110,7 @@ class SourceShards:
         self.signed, self.halved = ranges(some)
         for name, place in zip(said, places):
             key = name if "/" in name else f"{name}/clean"
-            if key in self.at: raise UserError(f"{order or folder}: names {name[:80]!r} twice")
+            if key in self.at: raise UserError(f"{order or folder}: names {name[:80]} twice")
             self.at[key] = place
 
     @staticmethod
