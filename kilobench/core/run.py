@@ -200,13 +200,15 @@ def folder_lock(file: str | Path, what: str = "folder", wait: bool = False, chil
     `children`: processes that the holder starts may enter too (by the token in KILOBENCH_LOCK).
     """
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
     key = str(file.parent.resolve() / file.name)
     if key in _held:
         yield
         return
-    try: fd = os.open(key, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fd = os.open(key, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as e:
+        if disk_full(e): raise UserError(f"{file}: disk full ({e.strerror}); free some space and start again") from None
         raise UserError(f"{file}: cannot be locked ({e.strerror}); choose another folder or mend its permissions") from None
     before, owner = os.environ.get("KILOBENCH_LOCK"), os.getpid()
     try:

@@ -35,6 +35,15 @@ def sealed(f: Path, run: Path, cache: Path) -> bool:
     return "checkpoints" in f.parts or f.suffix == ".safetensors" or f.name == "recipe.yaml"
 
 
+def uses(f: Path, run: Path) -> set[str]:
+    """The commands that have to do with a file."""
+    if "checkpoints" in f.parts: return {"resume", "stages"}
+    if f.suffix == ".safetensors" and f.is_relative_to(run): return {"predict", "check", "stages"}
+    if f.name in ("recipe.yaml", "manifest.json", "stages.json"): return {"show", "stages", "predict", "check"}
+    if f.name == "report.json" or "notebooks" in f.parts or "figures" in f.parts or f.suffix in (".html", ".csv"): return {"show", "stages"}
+    return {"stages", "check"}
+
+
 def digest(root: Path) -> dict[str, str]:
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in root.rglob("*") if p.is_file() and p.name not in OWN and "/tb/" not in str(p)}
 
@@ -140,7 +149,7 @@ def run(project: str, whole: str | Path, folder: str | Path, seed: int, share: f
             count["damaged"] += 1
             seal = sealed(f, home, cache)
             refused = False
-            for name in acts:
+            for name in (n for n in acts if n in uses(f, home)):
                 f.write_bytes(new)
                 now = used(acts[name], out)
                 found = judge(project, f, how, name, was[name], now, seal)

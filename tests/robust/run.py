@@ -39,7 +39,7 @@ def own_process(module: str, *args: Any) -> dict[str, Any]:
 def main() -> int:
     """All parts; the exit code is 1 where anything did not survive."""
     env = os.environ.get
-    n, strikes, share, seed = int(env("ROBUST_INPUTS", "250")), int(env("ROBUST_KILLS", "30")), float(env("ROBUST_DAMAGES", "1")), int(env("ROBUST_SEED", str(fuzz.SEED)))
+    n, strikes, share, seed = int(env("ROBUST_INPUTS", "300")), int(env("ROBUST_KILLS", "30")), float(env("ROBUST_DAMAGES", "1")), int(env("ROBUST_SEED", str(fuzz.SEED)))
     projects = tuple(env("ROBUST_PROJECTS", ",".join(kills.PROJECTS)).split(","))
     parts = env("ROBUST_PARTS", ",".join(PARTS)).split(",")
     from kilobench.core.run import outputs_dir, write_json
@@ -65,6 +65,7 @@ def main() -> int:
         if {"kills", "damage", "places"} & set(parts):
             say("== a run of each project, undisturbed")
             whole.mkdir()
+            if "kilonerf" in projects: kills.warm(folder / "warm")
             part("undisturbed", "", [{"project": p, "faults": f} for p, f in zip(projects, pool.map(lambda p: kills.undisturbed(p, whole), projects))])
         if "kills" in parts:
             say(f"== {strikes} kills at random moments")
