@@ -723,6 +723,13 @@ def test_a_manifest_of_other_kinds_is_damaged(change):
     for act in (lambda: run.manifest, lambda: Run.open(Toy.make()), lambda: run.stamp({"a": 1})): assert "manifest.json: damaged" in line(act)
 
 
+def test_a_lock_in_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="run.lock: cannot be locked"):
+            with folder_lock(folder / "run.lock"): pass
+
+
 def test_names_and_links_that_lead_out_are_refused(tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "secret").touch()
