@@ -1,6 +1,6 @@
 # Two commands matter: `make run` and `make test`. Each first makes .venv when it is missing or out of date.
 .DEFAULT_GOAL := help
-.PHONY: help install run test check lab docs clean
+.PHONY: help install run test robust check lab docs clean
 SHELL := /bin/bash
 
 VENV  := .venv
@@ -19,6 +19,7 @@ export GOMP_SPINCOUNT := 30000
 help:
 	@echo "make run      the main job: kilobench run renderer --preset cpu, at most ten minutes on two cores"
 	@echo "make test     everything CI checks"
+	@echo "make robust   kills, damage, full disks, hostile files over all five projects: about twenty minutes; ROBUST_INPUTS=20 ROBUST_KILLS=5 ROBUST_DAMAGES=0.1 for a short one"
 	@echo "make lab      JupyterLab on localhost"
 	@echo "make docs     the site into outputs/docs/html: notebooks executed, API, how-tos; looked at in Chromium where there is one"
 	@echo "make install  only the set-up (.venv); PYTHON=… chooses the interpreter, 3.11 or newer"
@@ -53,6 +54,10 @@ test: check
 	  echo "-- PART"; echo "$$said"; exit $$code'
 	@echo "== pytest"
 	@KILOBENCH_OUTPUTS=$(SCRATCH)/pytest $(BIN)/python -m pytest -n 2 --dist loadfile --basetemp $(SCRATCH)/tmp
+
+# Not part of `make test`, which has a small slice of it (tests/test_robust.py). Figures: the last line, and outputs/robust/report.json.
+robust: $(STAMP)
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/robust/run.py
 
 check: $(STAMP)
 	@echo "== notebooks clean and in sync with kilobench/"

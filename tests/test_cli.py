@@ -12,7 +12,7 @@ import yaml
 from toy_project import STAGES, Toy
 
 import kilobench
-from kilobench.core.cli import again, find_runs, find_student, resolve_run
+from kilobench.core.cli import _run_row, again, closing, find_runs, find_student, resolve_run
 from kilobench.core.recipe import UserError, load_recipe_class
 from kilobench.core.run import Run, open_run
 
@@ -73,11 +73,7 @@ def test_help_imports_nothing_heavy(toy):
 def test_help_names_every_command(toy):
     assert toy("--version").stdout.strip() == kilobench.__version__
     said = toy("--help", env={"TERMINAL_WIDTH": "200"}).stdout
-<<<<<<< HEAD
-    for command in "run sweep train list show compare recipe predict data export check doctor notebooks".split(): assert f"│ {command} " in said
-=======
-    for command in "run train list show compare recipe predict data export check doctor notebooks new".split(): assert f"│ {command} " in said
->>>>>>> w-new
+    for command in "run sweep train list show compare recipe predict data export check doctor notebooks new app".split(): assert f"│ {command} " in said
 
 
 @pytest.mark.parametrize("line, said", [
@@ -137,6 +133,15 @@ def test_show_prints_criteria_rows_and_the_page(toy, tmp_path):
         assert "criteria: 1 of 2 passed" in out and out.splitlines()[-1] == f"scorecard: {folder / 'index.html'}"
     (folder / "report.json").write_text('{"project": "toy"')
     assert "report.json" in one_line(run("show", "toy/shown"))
+
+
+@pytest.mark.parametrize("content", ["[]", '{"criteria": 3}', '{"criteria": [1]}', '{"criteria": [{"passed": true}]}'])
+def test_a_report_that_is_none_is_named_by_list_and_closing(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(tmp_path))
+    run = open_run("renderer", "smoke", str(tmp_path / "renderer" / "x"))
+    run.path("report.json").write_text(content)
+    assert "report.json: damaged" in _run_row("renderer/x")[1]
+    with pytest.raises(UserError, match="report.json: damaged"): closing(run)
 
 
 def test_the_command_that_goes_on_is_the_one_that_was_given(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The design project: scenes and their odds, oracle, data on disk, networks and commands, on real parts at toy size."""
 import json
+import os
 from dataclasses import replace
 from itertools import combinations
 from math import log
@@ -253,6 +254,25 @@ def test_a_damaged_folder_is_one_line(folder, damage, said):
     damage(folder)
     with pytest.raises(UserError) as e: import_designs(folder, DataPart())
     assert said in str(e.value) and "\n" not in str(e.value)
+
+
+def test_archives_and_links_are_refused(folder, tmp_path):
+    file = file_of(folder, "images", 3)
+    with file.open("wb") as f: np.savez(f, a=np.zeros((3, 64, 64), np.uint8))
+    with pytest.raises(UserError, match="damaged, not a npy array"): import_designs(folder, DataPart())
+    os.replace(file_of(folder, "images", 4), tmp_path / "secret.npy")
+    (folder / "images" / "000004.npy").symlink_to(tmp_path / "secret.npy")
+    with pytest.raises(UserError, match="000004.npy: leads out of"): read_design(folder, 4, 64)
+
+
+@pytest.mark.parametrize("change", [{"designs": []}, {"designs": [1]}, {"designs": [{}]}, {"size": 10**9}, {"size": "64"}, {"designs": {"a": 1}}, {"root": 3}])
+def test_an_index_that_is_none_is_damaged(tmp_path, change):
+    entries = make_designs(tmp_path, DataPart().model_copy(update={"n": 2}), 3)
+    said = {"root": "", "size": 64, "designs": [e | {"split": "train"} for e in entries]}
+    (tmp_path / "index.json").write_text(json.dumps(said))
+    assert len(DesignData.open(tmp_path)) == 2
+    (tmp_path / "index.json").write_text(json.dumps(said | change))
+    with pytest.raises(UserError, match="index.json: damaged"): DesignData.open(tmp_path)
 
 
 def test_pickles_are_refused(folder):

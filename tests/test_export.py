@@ -109,6 +109,16 @@ def one_line(path):
     return str(e.value)
 
 
+@pytest.mark.parametrize("config", [{"width": 10**12}, {"width": 200_000}, {"width": "4"}, {"width": -3}, {"widht": 4}])
+def test_a_config_that_makes_no_such_network_is_the_files_fault(good, config):
+    state, _ = X.load_student(good[0])
+    with pytest.raises(UserError, match="x.safetensors: not a student of the test project") as e:
+        with X.building("x.safetensors", state, "student of the test project"): Net(**config)
+    assert "\n" not in str(e.value)
+    with X.building("x.safetensors", state, "student of the test project"): Net(4)
+    Net(64)      # what is built elsewhere is not counted
+
+
 def test_any_truncation_is_one_line(good, tmp_path):
     path, data = tmp_path/"cut.safetensors", good[1]
     for n in [0, 1, 7, 8, 9, 100, len(data) // 2, len(data) - 1]:

@@ -163,6 +163,25 @@ def test_a_hostile_file_is_one_line(tmp_path, edit, said):
     assert "transforms_train.json" in str(e.value) and "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("edit", [at("frames", 1, "file_path", value="a\0b"), at("frames", 1, "file_path", value="\ud800"), at("frames", 1, "file_path", value="x" * 300), at("camera_angle_x", value=10**400), at("fl_x", value=10**400),
+                                  at("frames", 1, "transform_matrix", 0, 3, value=10**400), at("frames", 1, "transform_matrix", 0, 0, value=1e308)])
+def test_numbers_and_names_beyond_all_bounds_are_one_line(tmp_path, edit):
+    d = scene(tmp_path)
+    edit(d)
+    (tmp_path / "transforms_train.json").write_text(json.dumps(d))
+    with pytest.raises(UserError) as e: K.read_transforms(tmp_path, "train")
+    assert "transforms_train.json" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_axes_that_overflow_are_not_rigid():
+    with pytest.raises(UserError, match="not rigid"): K.Camera(np.diag([1e308, 1e308, 1e308, 1.0]), 8, 8, 4.0, 4.0, 4.0, 4.0)
+
+
+def test_postscript_in_a_png_is_no_image(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    with pytest.raises(UserError, match="not a readable image"): K.read_rgba(tmp_path / "a.png", alpha="optional")
+
+
 @pytest.mark.parametrize("mode, alpha, said", [("RGB", "required", "mode RGB has no alpha"), ("L", "required", "mode L"), ("P", "optional", "mode P"), ("I;16", "optional", "mode I;16"), ("LA", "optional", "mode LA")])
 def test_wrong_modes(tmp_path, mode, alpha, said):
     scene(tmp_path)

@@ -143,11 +143,29 @@ def test_the_flat_form_is_read_and_its_rig_unknown(folders):
 @pytest.mark.parametrize(("said", "expected"), [
     ("{", "damaged"), ("[]", "expected"), ('{"sample_0000": "../../etc/passwd"}', "names no folder"), ('{"../x": "oak"}', "names no folder"), ('{"a": 3}', "names no folder"), ('{"a": ""}', "names no folder"),
     ('{"a": {"material": "oak", "views": []}}', "at least 3 views"), ('{"a": {"material": "oak", "views": [{"light": [0, 0], "eye": [0, 0, 1]}]}}', "at least 3 views"),
-    ('{"a": {"material": "oak", "views": [{"light": [0, 0, 1e99], "eye": [0, 0, 1]}, 1, 2]}}', "at least 3 views")])
+    ('{"a": {"material": "oak", "views": [{"light": [0, 0, 1e99], "eye": [0, 0, 1]}, 1, 2]}}', "at least 3 views"),
+    ('{"a": {"material": "oak", "views": [{"light": [0, 0, 1' + "0" * 400 + '], "eye": [0, 0, 1]}, 1, 2]}}', "at least 3 views")])
 def test_metadata_that_cannot_be_are_one_line(tmp_path, said, expected):
     (tmp_path / METADATA).write_text(said)
     with pytest.raises(UserError, match=expected) as e: read_metadata(tmp_path, 3)
     assert METADATA in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change", [{"material": "../../secret"}, {"sample": "/etc"}, {"source": ".."}, {"rig": [[0.0] * 6]}, {"rig": [[10**400] * 6] * 3}, {"split": 3}])
+def test_an_index_that_leads_out_is_damaged(folders, change):
+    make_data(folders / "made", own(folders), 0)
+    file = folders / "made" / "index.json"
+    said = json.loads(file.read_text())
+    said["items"][0] |= change
+    file.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="index.json: damaged"): PbrData.open(folders / "made")
+
+
+def test_links_that_lead_out_are_refused(folders, tmp_path):
+    for folder, file, read in ((folders / "input" / "clean" / "sample_0000", "1.png", lambda d: read_photos(d, 3, 32)), (folders / "output" / "m0", "normal.png", lambda d: read_maps(d, 32))):
+        (folder / file).rename(tmp_path / "secret.png")
+        (folder / file).symlink_to(tmp_path / "secret.png")
+        with pytest.raises(UserError, match=f"{file}: leads out of"): read(folder)
 
 
 def test_the_three_common_mistakes_have_a_line_each(folders):

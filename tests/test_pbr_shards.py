@@ -95,6 +95,13 @@ def test_a_damaged_file_is_one_line(content, tmp_path):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("change", [lambda x: x.to_sparse(), lambda x: x.to(torch.complex64), lambda x: x[:0], lambda x: x[:1], lambda x: x[..., :2], lambda x: torch.zeros(1).expand(1 << 20, 3, 64, 64)])
+def test_tensors_that_are_no_maps_are_one_line(change, tmp_path):
+    maps = {"albedo": torch.rand(2, 3, 4, 4), "roughness": torch.rand(2, 1, 4, 4), "metallic": torch.rand(2, 1, 4, 4), "normal": torch.rand(2, 3, 4, 4), "names": ["a", "b"]}
+    torch.save(maps | {"albedo": change(maps["albedo"])}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: holds no maps"): SourceShards(tmp_path)
+
+
 def test_what_is_refused(answers, tmp_path):
     with pytest.raises(UserError, match="holds no .pt files"): SourceShards(tmp_path)
     torch.save(answers.half(), tmp_path / "a.pt")

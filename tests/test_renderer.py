@@ -12,12 +12,13 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
+from kilobench.core.export import load_student, save_student
 from kilobench.core.metrics import psnr
 from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report
 from kilobench.renderer import commands
-from kilobench.renderer.data import (HeldOut, TESTS, data, draw_items, guess_nouns, image_hashes, read_captions, read_image, split_folder, vocabulary_of)
+from kilobench.renderer.data import (HeldOut, TESTS, data, draw_items, guess_nouns, image_hashes, make_data, read_captions, read_data, read_image, split_folder, vocabulary_of)
 from kilobench.renderer.model import STUDENTS, build_student, compose, noun_slots, placing
 from kilobench.renderer.reader import read, shown
 from kilobench.renderer.recipe import DataPart, RendererRecipe
@@ -184,6 +185,23 @@ def test_a_link_out_of_the_folder_is_refused(tmp_path):
     (folder / "0.png").rename(secret)
     (folder / "0.png").symlink_to(secret)
     with pytest.raises(UserError, match="outside the folder"): read_captions(folder)
+
+
+@pytest.mark.parametrize("name", ["a\0.png", "\ud800.png", "x" * 300 + ".png"])
+def test_a_name_that_no_file_can_have_is_one_line(tmp_path, name):
+    folder = folder_of(tmp_path, 21)
+    with (folder / "captions.jsonl").open("a") as f: f.write("\n" + json.dumps({"file": name, "caption": "a ball"}))
+    with pytest.raises(UserError, match="line 22: .*(no file's name|is not there)"): read_captions(folder)
+
+
+@pytest.mark.parametrize(("name", "change", "said"), [
+    ("items.jsonl", lambda t: t[:len(t) // 2], "items.jsonl"), ("items.jsonl", lambda t: "[]\n" + t, "line 1: damaged"), ("items.jsonl", lambda t: t.replace('"split"', '"spilt"', 1), "line 1: damaged"),
+    ("items.jsonl", lambda t: t.partition("\n")[2], "items for"), ("items.jsonl", lambda t: "", "nothing to train on"), ("vocabulary.json", lambda t: "[]", "no vocabulary"), ("vocabulary.json", lambda t: t.replace('"length"', '"lenght"'), "no vocabulary")])
+def test_a_damaged_list_of_the_data_set_is_named(tmp_path, name, change, said):
+    make_data(tmp_path, open_run("renderer", "smoke", str(tmp_path / "r"), TINY).recipe.data, 1)
+    (tmp_path / name).write_text(change((tmp_path / name).read_text()))
+    with pytest.raises(UserError, match=said) as e: read_data(tmp_path)
+    assert name in str(e.value)
 
 
 def test_pictures_that_are_none_are_refused(tmp_path):
@@ -369,6 +387,15 @@ def test_check_names_a_damaged_student(finished, capsys):
         file.write_bytes(whole[:-3] + b"xyz")
         with pytest.raises(UserError, match="film.safetensors"): commands.check(str(finished.dir))
     finally: file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("change", [{"part": []}, {"part": {"dim": 10**9}}, {"words": 3}, {"length": None}, {"own": ...}, {"size": 10**7}])
+def test_a_student_of_a_hostile_config_is_one_line(finished, tmp_path, change):
+    state, config = load_student(finished.path("export", "film.safetensors"))
+    new = {k: v for k, v in (config | change).items() if v is not ...}
+    if isinstance(change.get("part"), dict): new["part"] = config["part"] | change["part"]
+    save_student(tmp_path / "x.safetensors", state, new)
+    with pytest.raises(UserError, match="x.safetensors: not a student of the renderer project"): load_trained(tmp_path / "x.safetensors")
 
 
 def test_pictures_of_your_own_train_the_same_students(outputs, tmp_path):

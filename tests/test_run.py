@@ -42,6 +42,7 @@ from kilobench.core.run import (
     sha256_of,
     stage,
     write_json,
+    within,
 )
 
 pytestmark = pytest.mark.usefixtures("outputs")
@@ -705,6 +706,36 @@ def test_a_damaged_book_of_stages_is_named(content):
     for act in (lambda: run.is_done("data"), lambda: run.mark("data", 1), lambda: toy_stages([])[0](run)):
         assert "stages.json: damaged" in line(act)
     assert run.path("stages.json").read_text() == content
+
+
+def test_a_stage_whose_file_has_an_impossible_name_is_not_done():
+    run = Run.open(Toy.make())
+    for name in ("a" * 300, "a\0b"):
+        run.path("stages.json").write_text(json.dumps({"stages": {"data": {"state": "done", "files": [name]}}}))
+        assert not run.is_done("data")
+
+
+@pytest.mark.parametrize("change", [{"later": [1]}, {"later": [{"device": 3}]}, {"device": []}, {"time": 3}, {"stamp": None}, {"seed": float("inf")}, {"commit": "\ud800"}, {"recipe": 7}])
+def test_a_manifest_of_other_kinds_is_damaged(change):
+    run = Run.open(Toy.make())
+    file = run.dir / "manifest.json"
+    file.write_text(json.dumps(run.manifest | change))
+    for act in (lambda: run.manifest, lambda: Run.open(Toy.make()), lambda: run.stamp({"a": 1})): assert "manifest.json: damaged" in line(act)
+
+
+def test_a_lock_in_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="run.lock: cannot be locked"):
+            with folder_lock(folder / "run.lock"): pass
+
+
+def test_names_and_links_that_lead_out_are_refused(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret").touch()
+    (tmp_path / "set" / "link").symlink_to(tmp_path / "secret")
+    assert within(tmp_path / "set", tmp_path / "set" / "new" / "x") == tmp_path / "set" / "new" / "x"
+    for name in ("link", "../secret", "a/../../secret", "\0"): assert "leads out of" in line(lambda: within(tmp_path / "set", tmp_path / "set" / name))
 
 
 def test_a_hostile_book_of_stages_moves_nothing_from_elsewhere(tmp_path):

@@ -436,6 +436,14 @@ def test_pictures_lost_damaged_or_huge_do_not_stop_the_page(run):
     assert page.text.count("cannot be shown") == 2 and [a["width"] for a in page.all("img")] == ["1200"]
 
 
+def test_a_picture_of_another_kind_starts_no_program(run):
+    run.figure("x").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n")
+    card = fill(Scorecard(run))
+    card.picture("x", run.figure("x"))
+    card.write()
+    assert "cannot be shown" in Page(run.path("index.html").read_text()).text
+
+
 def test_picture_paths_in_a_part_cannot_leave_the_run(run):
     card = fill(Scorecard(run))
     card.picture("p", torch.rand(3, 8, 8)); card.write()

@@ -84,6 +84,20 @@ def test_a_parameter_takes_the_type_of_its_default(toy):
     assert parameters_of(toy.nbs / "03_evaluate.ipynb")["strips"] == 4
 
 
+@pytest.mark.parametrize("cell", [3, {}, {"metadata": {}, "source": 7}, {"metadata": {}, "source": [["x"]]}, {"metadata": {"tags": 3}, "source": "x"}, {"metadata": [], "source": "x"}])
+def test_a_notebook_of_other_kinds_is_damaged(toy, cell):
+    file = toy.nbs / "03_evaluate.ipynb"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"cells": [*said["cells"], cell]}))
+    with pytest.raises(UserError, match="03_evaluate.ipynb: damaged"): parameters_of(file)
+
+
+@pytest.mark.parametrize("text", ["a = 1\0", "a = {[]: 1}", "a = " + "(" * 5000])
+def test_parameters_that_are_no_python_are_one_line(toy, text):
+    write_notebook(toy.nbs / "03_evaluate.ipynb", "preset = 1\n" + text)
+    with pytest.raises(UserError, match="parameters cell"): parameters_of(toy.nbs / "03_evaluate.ipynb")
+
+
 # ---- a whole series, and again ----
 
 def test_series_runs_then_has_nothing_to_do_then_does_what_changed(toy):

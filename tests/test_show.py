@@ -144,6 +144,18 @@ def test_damaged_csv_is_named(tmp_path):
     with pytest.raises(UserError, match="m.csv is not a readable"): curve(tmp_path / "m.csv")
 
 
+@pytest.mark.parametrize("content", ["step,loss\nx,1\ny,2\n", "loss\n1\n", "step,loss\n"])
+def test_a_history_without_steps_is_named(tmp_path, content):
+    (tmp_path / "m.csv").write_text(content)
+    with pytest.raises(UserError, match="m.csv: the history needs a 'step' column of numbers"): curve(tmp_path / "m.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", b"\x89PNG\r\n\x1a\n\0\0\0\5IHDR\0", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"])
+def test_what_is_no_picture_is_one_line_and_starts_no_program(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(UserError, match="a.png: not a picture"): to_array(tmp_path / "a.png")
+
+
 def test_tradeoff_draws_a_floor_and_leaves_out_what_was_not_measured():
     row = lambda name, role, q, c: {"name": name, "role": role, "metrics": {"psnr": q}, "cost": {"latency_ms_b1": c}}
     figure = tradeoff([row("t", "teacher", 40, 100.0), row("s", "student", 30, 1.0), row("n", "student", None, 1.0), row("blank", "control", 12, None)], "psnr")

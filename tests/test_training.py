@@ -716,6 +716,14 @@ def test_damaged_metrics_are_told(tmp_path):
     with pytest.raises(UserError, match="metrics-net.csv: damaged"): train(tmp_path / "r", overrides="train.steps=20")
 
 
+@pytest.mark.parametrize("content", ["step,loss\n1,2\n", "step,seconds\n1\n", "step,seconds\n1,soon\n", "step,seconds\n\0,\xff\n"])
+def test_seconds_that_are_none_name_the_file(tmp_path, content):
+    train(tmp_path / "r", overrides="train.steps=2")
+    run = Run.load(tmp_path / "r")
+    run.path("metrics-net.csv").write_bytes(content.encode("latin1"))
+    with pytest.raises(UserError, match="metrics-net.csv: damaged"): seconds_trained(run, "net")
+
+
 def test_another_network_or_recipe_is_told(tmp_path):
     recipe = Toy.make(overrides="train.steps=20")
     run = Run.open(recipe, tmp_path / "r")

@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -152,7 +153,7 @@ def test_our_sampler_takes_the_steps_that_wans_pipeline_takes(teacher):
     assert torch.allclose(theirs[:, :, 0], ours, atol=1e-4)
 
 
-@pytest.mark.parametrize(("said", "expected"), [('{"hidden_size": 65, "num_heads": 5}', "odd"), ('{"hidden_size": 0}', "whole number"), ('{"hiden": 4}', "is no size"), ('{"num_channels": 3}', "the teacher's is 8"), ("[]", "JSON object"), ("{", "JSON|json|damaged"), ('{"model_type": "Other"}', "WanLiteStudent")])
+@pytest.mark.parametrize(("said", "expected"), [('{"hidden_size": 65, "num_heads": 5}', "odd"), ('{"hidden_size": 0}', "whole number"), ('{"hiden": 4}', "is no size"), ('{"num_channels": 3}', "the teacher's is 8"), ('{"depth": 1000000000000}', "whole number"), ("[]", "JSON object"), ("{", "JSON|json|damaged"), ('{"model_type": "Other"}', "WanLiteStudent")])
 def test_a_student_config_that_cannot_be_is_one_line(tmp_path, said, expected):
     (tmp_path / "c.json").write_text(said)
     with pytest.raises(UserError, match=expected): WanLiteStudent(**lite_config(tmp_path / "c.json", WanRecipe.make("cpu").student, 8, 64))
@@ -230,6 +231,23 @@ def test_a_missing_shard_and_a_hostile_index_are_one_line(layouts, tmp_path):
     shutil.copytree(layouts / "experts", tmp_path / "e")
     shutil.rmtree(tmp_path / "e" / "transformer_2")
     with pytest.raises(UserError, match="transformer_2"): check_layout(tmp_path / "e")
+
+
+@pytest.mark.parametrize(("file", "said", "expected"), [
+    ("transformer/config.json", {"num_layers": 10**9}, "num_layers.* at most 1,000"), ("transformer/config.json", {"ffn_dim": 10**12}, "ffn_dim"), ("transformer/config.json", None, "no config"),
+    ("model_index.json", {"boundary_ratio": "half"}, "boundary_ratio"), ("model_index.json", {"transformer_2": 3}, ""), ("model_index.json", {"transformer_2": {}}, "")])
+def test_configs_that_would_build_without_end_are_one_line(layouts, tmp_path, file, said, expected):
+    shutil.copytree(layouts / "whole", tmp_path / "w")
+    found = json.loads((tmp_path / "w" / file).read_text())
+    (tmp_path / "w" / file).write_text(json.dumps([] if said is None else found | said))
+    with pytest.raises(UserError, match=expected) if expected else nullcontext(): load_teacher(WanRecipe.make("smoke").teacher.model_copy(update={"path": str(tmp_path / "w")})) if expected else check_layout(tmp_path / "w")
+
+
+def test_an_index_that_is_no_index_is_one_line(layouts, tmp_path):
+    shutil.copytree(layouts / "shards", tmp_path / "s")
+    for content in ("[]", '{"weight_map": {"a": 1, "b": "x"}}', '{"weight_map": {"a": [1]}}'):
+        (tmp_path / "s" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").write_text(content)
+        with pytest.raises(UserError, match="weight_map"): check_layout(tmp_path / "s")
 
 
 def test_nothing_is_fetched_unless_asked_for(layouts, tmp_path):

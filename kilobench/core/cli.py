@@ -190,10 +190,18 @@ def find_student(project: str, students: Sequence[str], run: str = "", student: 
     if file is None: raise UserError(f"no {student} student of {project} is trained yet; run `kilobench run {project} --preset cpu` (ten minutes on two cores)")
     return file
 
+def _report(run: Run) -> dict[str, Any]:
+    """report.json, {} when absent, as far as a list of runs needs it: without the models that read it whole."""
+    if not (file := run.path("report.json")).exists(): return {}
+    criteria = said.get("criteria", []) if isinstance(said := read_json(file), dict) else None
+    fields = {"name", "value", "op", "threshold", "passed"}
+    if isinstance(criteria, list) and all(isinstance(c, dict) and fields <= c.keys() and isinstance(c["passed"], bool) for c in criteria): return said
+    raise UserError(f"{file}: damaged, it is no report; evaluate the run again")
+
 def closing(run: Run) -> str:
     """What there is to say at the end of a run: criteria passed, and where the scorecard lies."""
     lines, page = [], run.path("index.html")
-    report = read_json(run.path("report.json")) if run.path("report.json").exists() else {}
+    report = _report(run)
     if criteria := report.get("criteria", []):
         failed = [c for c in criteria if not c["passed"]]
         lines.append(f"criteria: {len(criteria) - len(failed)} of {len(criteria)} passed")
@@ -258,8 +266,7 @@ def train(project: Project, overrides: Overrides = None, preset: Preset = "smoke
 def _run_row(name: str) -> tuple:
     try:
         run = Run.load(outputs_dir() / name)
-        report = read_json(run.path("report.json")) if run.path("report.json").exists() else {}
-        passed = [c["passed"] for c in report.get("criteria", [])]
+        passed = [c["passed"] for c in _report(run).get("criteria", [])]
         criteria = f"{sum(passed)}/{len(passed)}" if passed else ""
         words = " ".join(altered(run.recipe).values())
         return name, ", ".join(run.seconds), sum(run.seconds.values()), criteria, run.manifest.get("time", "")[:16], words

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_HEADER', 'MAX_CONFIG', 'DTYPES', 'TARGETS', 'StudentHeader', 'save_student', 'read_header', 'load_student',
-           'fill', 'fold_norms', 'quantise', 'quantised_sizes', 'parity', 'to_onnx', 'to_coreml']
+           'fill', 'building', 'fold_norms', 'quantise', 'quantised_sizes', 'parity', 'to_onnx', 'to_coreml']
 
 # %% ../../nbs/core/11_export.ipynb #13a076b4
 import contextlib
@@ -20,7 +20,8 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_buffer_registration_hook, register_module_parameter_registration_hook
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_leaves
 
@@ -136,6 +138,22 @@ def fill(module: nn.Module, state: Mapping[str, Tensor], where: str | Path = "st
     if surplus: raise UserError(f"{where}: tensor {surplus[0]!r} has no place in {type(module).__name__} ({len(surplus)} surplus)")
     module.load_state_dict(state)
     return module
+
+# %% ../../nbs/core/11_export.ipynb #4fd31eea
+@contextmanager
+def building(path: str | Path, state: Mapping[str, Tensor], what: str) -> Iterator[None]:
+    """Within the block a network is made from a file's config; a config that makes none, or one far larger than the file's tensors, is a UserError that names the file. `what`: "student of the … project"."""
+    room = 4 * sum(t.numel() for t in state.values()) + (1 << 22)
+    def count(module: nn.Module, name: str, p: Tensor | None) -> None:
+        nonlocal room
+        room -= 16 + (p.numel() if p is not None else 0)
+        if room < 0: raise ValueError("its config asks for far more parameters than the file holds")
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
+    try: yield
+    except UserError as e: raise UserError(str(e) if str(path) in str(e) else f"{path}: not a {what} ({e})") from None
+    except Exception as e: raise UserError(f"{path}: not a {what} ({type(e).__name__}: {str(e)[:200]}); give a file from a run's export/ folder") from None
+    finally:
+        for h in hooks: h.remove()
 
 # %% ../../nbs/core/11_export.ipynb #73e16b66
 def fold_norms(module: nn.Module) -> nn.Module:

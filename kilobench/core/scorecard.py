@@ -26,7 +26,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .recipe import UserError, nearest
-from .run import Run, atomic_write, is_main, read_json, write_json
+from .run import PICTURES, UNREADABLE, Run, atomic_write, is_main, read_json, write_json
 
 # %% ../../nbs/core/08_scorecard.ipynb #34561c5c
 Value = int | float | str | None      # a number; a text saying why there is none; None: measured, but not finite
@@ -856,8 +856,8 @@ def _made_by(manifest: Mapping[str, Any]) -> dict[str, str]:
     """The few facts of a manifest that a reader asks for first."""
     device, libraries = (v if isinstance(v := manifest.get(k), Mapping) else {} for k in ("device", "libraries"))
     commit = str(manifest.get("commit") or "none yet")[:12] + (", with uncommitted changes" if manifest.get("dirty") else "")
-    threads = _threads(device["threads"]) if "threads" in device else None
-    machine = ", ".join(str(x) for x in (device.get("used"), *(device.get("gpus") or [device.get("cpu")]), threads) if x)
+    threads, gpus = _threads(device["threads"]) if "threads" in device else None, device.get("gpus")
+    machine = ", ".join(str(x) for x in (device.get("used"), *(gpus if isinstance(gpus, list) and gpus else [device.get("cpu")]), threads) if x)
     facts = {"kilobench": manifest.get("kilobench"), "commit": commit, "machine": machine, "torch": libraries.get("torch"),
              "python": manifest.get("python"), "started": manifest.get("time")}
     return {k: str(v) for k, v in facts.items() if v} if manifest else {}
@@ -894,9 +894,9 @@ def load_picture(run: Run, picture: Picture, widest: int = 1800) -> dict[str, An
     shown = picture.model_dump() | {"src": "", "problem": "", "wide": False}
     try:
         path = run.path(picture.path)
-        image = Image.open(path)
+        image = Image.open(path, formats=PICTURES)
         image.load()
-    except (OSError, ValueError, Image.DecompressionBombError, UserError) as e:
+    except (*UNREADABLE, Image.DecompressionBombError, UserError) as e:
         return shown | {"problem": f"cannot be shown ({type(e).__name__})"}
     data, factor = path.read_bytes(), max(1, 256 // max(image.size)) if image.width <= widest else widest / image.width
     if factor != 1 or image.format != "PNG":

@@ -54,18 +54,26 @@ def parameters_of(notebook: str | Path) -> dict[str, Any]:
     if len(tagged) != 1: raise UserError(f"{notebook}: {len(tagged)} cells tagged parameters, expected one")
     try: lines = ast.parse("".join(tagged[0]["source"])).body
     except SyntaxError as e: raise UserError(f"{notebook}: parameters cell, line {e.lineno}: not Python ({e.msg})") from None
+    except (ValueError, RecursionError, MemoryError): raise UserError(f"{notebook}: parameters cell: not Python") from None
     out = {}
     for line in lines:
         try: out[line.targets[0].id] = ast.literal_eval(line.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):
             raise UserError(f"{notebook}: parameters cell: expected name = value, found {ast.unparse(line)[:60]!r}") from None
     return out
 
 def _cells(notebook: str | Path) -> list[dict[str, Any]]:
     """The cells of a notebook file; one that is damaged is a UserError."""
     said = read_json(notebook)
-    if not isinstance(said, dict) or not isinstance(said.get("cells"), list): raise UserError(f"{notebook}: damaged, not a notebook")
-    return said["cells"]
+    cells = said.get("cells") if isinstance(said, dict) else None
+    if not isinstance(cells, list) or not all(map(_is_cell, cells)): raise UserError(f"{notebook}: damaged, not a notebook")
+    return cells
+
+def _is_cell(cell: Any) -> bool:
+    """A kind, a text and tags, as every cell has them?"""
+    if not isinstance(cell, dict) or not isinstance(cell.get("metadata"), dict): return False
+    source = cell.get("source")
+    return isinstance(cell["metadata"].get("tags", []), list) and isinstance(source, str | list) and all(isinstance(s, str) for s in source)
 
 # %% ../../nbs/core/12_series.ipynb #8a9b4539
 def check_parameters(series: Sequence[Stage], standard: Mapping[str, Any],

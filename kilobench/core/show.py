@@ -28,7 +28,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from .recipe import UserError, nearest
-from .run import atomic_write
+from .run import PICTURES, UNREADABLE, atomic_write
 
 # %% ../../nbs/core/09_show.ipynb #e4c881ab
 INK, MUTED, HAIR = "#23272e", "#6b7480", "#dfe3e8"
@@ -70,12 +70,19 @@ def new_figure(width: float = 7.5, height: float = 3.0, **kwargs) -> Plot:
     with style(): return Plot(figsize=(width, height), layout="constrained", **kwargs)
 
 # %% ../../nbs/core/09_show.ipynb #254b42a7
+def _read(file: str | Path) -> Image.Image:
+    try: (image := Image.open(file, formats=PICTURES)).load()
+    except (*UNREADABLE, Image.DecompressionBombError) as e:
+        raise UserError(f"{file}: not a picture that can be read ({(str(e) or type(e).__name__)[:80]})") from None
+    return image
+
+
 def to_array(image: Any) -> np.ndarray:
     """Any image → uint8 [H, W, 3]. Takes tensors and arrays (CHW or HWC; float in 0…1, bool or uint8), PIL images, PNG paths.
 
     A leading batch axis of one is dropped, alpha is laid over white, values outside 0…1 are clipped, NaN becomes magenta."""
     tensor = hasattr(image, "detach")
-    if isinstance(image, (str, Path)): image = Image.open(image)
+    if isinstance(image, (str, Path)): image = _read(image)
     if isinstance(image, Image.Image): image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"))
     if tensor: image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy()
     x = np.asarray(image)
@@ -188,13 +195,15 @@ ASIDE = re.compile(r"step|epoch|time|seconds|images_per_s|samples_per_s|(lr|grad
 
 def _read_history(history: Any) -> pd.DataFrame:
     """A metrics CSV (path), a DataFrame or a list of dicts → DataFrame with a `step` column and at least one row."""
+    where = "show: a history"
     if isinstance(history, (str, Path)):
+        where = f"show: {history}: the history"
         if not Path(history).is_file(): raise UserError(f"show: no metrics file {history}; train first")
         try: history = pd.read_csv(history)
-        except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
+        except (ValueError, OverflowError, OSError) as e:      # pandas's own are ValueErrors
             raise UserError(f"show: {history} is not a readable metrics CSV ({e})") from e
     frame = pd.DataFrame(history)
-    if "step" not in frame or not len(frame): raise UserError("show: a history needs a 'step' column and at least one row")
+    if "step" not in frame or not len(frame) or not pd.api.types.is_numeric_dtype(frame["step"]): raise UserError(f"{where} needs a 'step' column of numbers and at least one row")
     return frame
 
 

@@ -1114,14 +1114,22 @@ class Fitted:
         """metrics-<name>.csv as a DataFrame; empty when no row was written."""
         import pandas as pd
         path = self.run.path(f"metrics-{self.name}.csv")
-        return pd.read_csv(path) if path.exists() else pd.DataFrame()
+        if not path.exists(): return pd.DataFrame()
+        try: return pd.read_csv(path)
+        except (ValueError, OverflowError) as e: raise UserError(f"{path}: damaged ({str(e).splitlines()[0][:80]}); restore it, or train again") from None
 
 # %% ../../nbs/core/05_training.ipynb #89a1dee4
 def seconds_trained(run: Run, *names: str) -> dict[str, float]:
     """{"train_seconds": s} of one or more trainings of a run together, by the last rows of their metrics-<name>.csv; {} where there is none."""
     files = [f for n in names if (f := run.path(f"metrics-{n}.csv")).exists()]
-    last = [rows[-1] for f in files if (rows := list(csv.DictReader(f.open(newline=""))))]
-    return {"train_seconds": sum(float(r["seconds"]) for r in last)} if last else {}
+    last = [s for f in files if (s := _last_seconds(f)) is not None]
+    return {"train_seconds": sum(last)} if last else {}
+
+
+def _last_seconds(file: Path) -> float | None:
+    try: return float(rows[-1]["seconds"]) if (rows := list(csv.DictReader(file.open(newline="", encoding="utf-8")))) else None
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(f"{file}: damaged, its last row has no seconds; restore it, or train again") from None
 
 # %% ../../nbs/core/05_training.ipynb #49ba0a1d
 def load_fitted(run: Run | str | Path, name: str, modules: nn.Module | dict[str, nn.Module], which: str = "last", ema: bool = True) -> Any:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from ..core.cli import empty_folder, find_student, run_behind
 from ..core.recipe import UserError
-from ..core.run import atomic_path, write_json
+from ..core.run import PICTURES, UNREADABLE, atomic_path, write_json
 
 # %% ../../nbs/design/05_commands.ipynb #dcf2b3d2
 STUDENTS = ("compact", "alone", "encoder", "abstractor", "few")   # files of a run's export/ folder; the first is meant unless another is named
@@ -46,7 +46,7 @@ def on_pasteboard(path: Path, size: int) -> Any:
     from PIL import Image
     from kilobench.design.scene import COLOURS, PASTEBOARD
     try:
-        with Image.open(path) as im:
+        with Image.open(path, formats=PICTURES) as im:
             if im.width * im.height > MAX_PIXELS: raise UserError(f"{path}: {im.width} × {im.height} pixels; at most {MAX_PIXELS:,} are read")
             scale = size / max(im.size)
             w, h = (max(1, round(v * scale)) for v in im.size)
@@ -54,7 +54,7 @@ def on_pasteboard(path: Path, size: int) -> Any:
             page.paste(im.convert("RGB").resize((w, h), Image.Resampling.BOX if scale < 1 else Image.Resampling.BICUBIC), ((size - w) // 2, (size - h) // 2))
     except FileNotFoundError: raise UserError(f"{path}: no such picture") from None
     except Image.DecompressionBombError: raise UserError(f"{path}: far too large; at most {MAX_PIXELS:,} pixels are read") from None
-    except (OSError, SyntaxError, ValueError) as e: raise UserError(f"{path}: not a picture that can be read ({str(e).splitlines()[0][:80]}); expected PNG or JPEG") from None
+    except UNREADABLE as e: raise UserError(f"{path}: not a picture that can be read ({(str(e) or type(e).__name__).splitlines()[0][:80]}); expected PNG or JPEG") from None
     return torch.from_numpy(np.asarray(page).copy()).permute(2, 0, 1).float() / 255
 
 # %% ../../nbs/design/05_commands.ipynb #75d3ed59

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.recipe import UserError
-from ..core.run import Run, disk_full, folder_lock, read_json, stage, write_json
+from ..core.run import Run, disk_full, folder_lock, read_json, stage, within, write_json
 from ..core.scorecard import Scorecard
 from .oracle import SCORES, damage_ladder, grammar
 from .parse import map_of
@@ -31,8 +31,8 @@ from .scene import FAMILIES, FORMATS, GOALS, Scene, ceilings, draw_scene, from_j
 
 # %% ../../nbs/design/00_data.ipynb #973e26f7
 def file_of(folder: Path, kind: str, index: int) -> Path:
-    """The file of one design: kind "images", "f_tensors" or "metadata"."""
-    return Path(folder) / kind / f"{index:06d}{'.json' if kind == 'metadata' else '.npy'}"
+    """The file of one design: kind "images", "f_tensors" or "metadata"; a link that leads out of the folder is a `UserError`."""
+    return within(folder, Path(folder) / kind / f"{index:06d}{'.json' if kind == 'metadata' else '.npy'}")
 
 
 def to_bytes(picture: np.ndarray, structure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -67,10 +67,10 @@ def entry_of(scene: Scene, picture: np.ndarray, structure: np.ndarray) -> dict[s
 def read_array(path: Path, channels: int, size: int, top: Sequence[int] | None = None) -> np.ndarray:
     """A memory-mapped uint8 [channels, size, size] array; `top`: the largest value of each channel. Damage or another shape: `UserError`."""
     want = (channels, size, size)
-    try: array = np.load(path, mmap_mode="r", allow_pickle=False)
+    try: array = np.lib.format.open_memmap(path, "r")      # np.load would take archives and pickles, too
     except FileNotFoundError: raise UserError(f"{path}: is missing; restore it") from None
-    except (OSError, ValueError, EOFError) as e: raise UserError(f"{path}: damaged, not a npy array ({str(e).splitlines()[0][:80]}); restore it") from None
-    if array.shape != want or array.dtype != np.uint8: raise UserError(f"{path}: {array.dtype} {list(array.shape)}; expected uint8 {list(want)}, a side as in data.size")
+    except Exception as e: raise UserError(f"{path}: damaged, not a npy array ({(str(e) or type(e).__name__).splitlines()[0][:80]}); restore it") from None      # numpy parses the header as Python: nearly anything may be raised
+    if array.shape != want or array.dtype != np.uint8: raise UserError(f"{path}: {str(array.dtype)[:40]} {str(list(array.shape))[:80]}; expected uint8 {list(want)}, a side as in data.size")
     if top is not None:
         for i, most in enumerate(top):
             if (found := int(array[i].max())) > most: raise UserError(f"{path}: channel {i} holds {found}; expected 0 to {most}")
@@ -159,6 +159,13 @@ def make_data(dir: Path, part: DataPart, seed: int) -> None:
         write_json(dir / "index.json", {"root": str(root) if part.folder else "", "size": part.size, "designs": entries})
 
 # %% ../../nbs/design/00_data.ipynb #5a075912
+def _is_entry(e: Any) -> bool:
+    """Is this an entry of the index, as `entry_of` makes it?"""
+    number = lambda v: type(v) in (int, float) and -1e6 < v < 1e6
+    return (isinstance(e, dict) and e.get("goal") in GOALS and e.get("format") in list(FORMATS) and e.get("split") in SPLITS and number(e.get("tone")) and isinstance(e.get("grammar"), list) and len(e["grammar"]) == 4
+            and all(map(number, e["grammar"])) and all(isinstance(e.get(k), str) for k in ("skeleton", "content", "structure")))
+
+
 @dataclass
 class DesignData(Dataset):
     """The designs of a finished folder: `data[i]`, `fetch(indices)`, `rows(split)`, `scene(i)`."""
@@ -171,7 +178,9 @@ class DesignData(Dataset):
     def open(cls, dir: Path) -> "DesignData":
         """From a folder that `make_data` finished; a damaged index is a `UserError`."""
         said = read_json(dir / "index.json", 1 << 30)
-        try: return cls(dir, Path(said["root"] or dir), int(said["size"]), list(said["designs"]))
+        try:
+            if not all(map(_is_entry, said["designs"])) or not said["designs"] or not 64 <= said["size"] <= 4096: raise ValueError
+            return cls(dir, Path(said["root"] or dir), int(said["size"]), said["designs"])
         except (KeyError, TypeError, ValueError): raise UserError(f"{dir / 'index.json'}: damaged, it is no index of designs; remove {dir} to make the set again") from None
 
     def __len__(self) -> int: return len(self.entries)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.export import fill, load_student, save_student
+from ..core.export import building, fill, load_student, save_student
 from ..core.losses import dice_loss, l2
-from ..core.recipe import UserError, seeded
+from ..core.recipe import seeded
 from ..core.run import Run, is_main, stage
 from ..core.show import montage
 from ..core.teacher import freeze
@@ -155,10 +155,9 @@ def save_trained(path: Path, name: str, model: nn.Module, recipe: DesignRecipe, 
 def load_trained(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """(network in eval mode, its config) from a file that `save_trained` wrote; checksum verified."""
     state, config = load_student(path)
-    try:
+    with building(path, state, "network of the design project"):
         recipe = DesignRecipe.make("full", config["parts"] | {"data.size": config["size"], "resnet.pretrained": False})
         model = build(config["student"], recipe)
-    except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a network of the design project ({e}); give a file from a run's export/ folder") from None
     return fill(model, state, path).eval(), config
 
 # %% ../../nbs/design/02_train.ipynb #b7301c34

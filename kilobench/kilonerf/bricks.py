@@ -24,7 +24,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from ..core.recipe import UserError, nearest
-from ..core.run import atomic_path, read_json, write_json
+from ..core.run import PICTURES, UNREADABLE, atomic_path, read_json, write_json
 from .cameras import FOV, RADIUS, Camera, random_poses, test_path, write_transforms
 from .splats import Splats, sh_basis, write_ply
 
@@ -881,10 +881,10 @@ def _whole(file: Path, size: int) -> bool | None:
     """Is this PNG there as a decodable RGBA of size × size? None where there is no file."""
     if not file.is_file(): return None
     try:
-        with Image.open(file) as im:
+        with Image.open(file, formats=PICTURES) as im:
             if im.format != "PNG" or im.mode != "RGBA" or im.size != (size, size): return False
             im.load()
-    except (OSError, SyntaxError, ValueError): return False
+    except (*UNREADABLE, Image.DecompressionBombError): return False
     return True
 
 
@@ -903,7 +903,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     if said != identity:
         said = said if isinstance(said, dict) else {}
         k = next((k for k in identity if said.get(k) != identity[k]), "content")
-        raise UserError(f"{file}: holds another scene, {k} {said.get(k)!r} where {identity.get(k)!r} was asked for; choose another folder or remove it")
+        raise UserError(f"{file}: holds another scene, {k} {str(said.get(k))[:200]!r} where {identity.get(k)!r} was asked for; choose another folder or remove it")
 
 
 def write_scene(folder: str | Path, model: BrickModel, size: int = 200, samples: int = 2, counts: Mapping[str, int] = COUNTS, seed: int = 0, splats: Splats | None = None,

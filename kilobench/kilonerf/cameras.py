@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from ..core.recipe import UserError, nearest
-from ..core.run import read_json, write_json
+from ..core.run import PICTURES, UNREADABLE, read_json, write_json
 
 # %% ../../nbs/kilonerf/00c_cameras.ipynb #bf16bce7
 MAX_SIDE = 16_384             # pixels; larger frames are refused before anything is allocated
@@ -29,12 +29,13 @@ MAX_SIDE = 16_384             # pixels; larger frames are refused before anythin
 def _rigid(c2w: Any) -> np.ndarray:
     """A read-only float64 copy of a rigid motion [4, 4], or a UserError that says what is wrong with it; tolerance 1e-3, as files are rounded."""
     try: m = np.array(c2w, dtype=np.float64)
-    except (TypeError, ValueError): m = np.empty(0)
+    except (TypeError, ValueError, OverflowError): m = np.empty(0)
     if m.shape != (4, 4): raise UserError("the camera matrix is not 4×4 numbers; expected c2w, row by row")
     if not np.isfinite(m).all(): raise UserError("the camera matrix holds a NaN or an infinity; export the poses again")
     r = m[:3, :3]
     if np.abs(m[3] - (0, 0, 0, 1)).max() > 1e-6: raise UserError(f"the camera matrix ends in the row {m[3].tolist()}; expected 0 0 0 1 (is it transposed?)")
-    if (off := np.abs(r.T @ r - np.eye(3)).max()) > 1e-3: raise UserError(f"the camera matrix is not rigid: its axes are off unit length or right angles by {off:.2g}; remove the scale or shear")
+    with np.errstate(over="ignore", invalid="ignore"): off = np.abs(r.T @ r - np.eye(3)).max()
+    if not off <= 1e-3: raise UserError(f"the camera matrix is not rigid: its axes are off unit length or right angles by {off:.2g}; remove the scale or shear")
     if np.linalg.det(r) < 0: raise UserError("the camera matrix mirrors the world (determinant −1); flip one axis back")
     m.setflags(write=False)
     return m
@@ -157,9 +158,9 @@ def _header(file: Path, alpha: str = "required") -> tuple[int, int]:
     """(width, height) from a picture's header, its mode and size checked; nothing is decoded."""
     if alpha not in ("required", "optional"): raise UserError(f"alpha: {nearest(alpha, ('required', 'optional'))}")
     try:
-        with Image.open(file) as im: (w, h), mode = im.size, im.mode
+        with Image.open(file, formats=PICTURES) as im: (w, h), mode = im.size, im.mode
     except FileNotFoundError: raise UserError(f"{file}: the image is missing; restore it or remove its frame") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+    except (*UNREADABLE, Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
         raise UserError(f"{file}: not a readable image ({str(e)[:80]}); restore it") from None
     if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE: raise UserError(f"{file}: {w}×{h} pixels, expected at most {MAX_PIXELS:,}")
     if mode == "RGB" and alpha == "required": raise UserError(f'{file}: mode RGB has no alpha, expected 8-bit RGBA; say alpha="optional" to take it as opaque')
@@ -172,8 +173,8 @@ def read_rgba(file: str | Path, size: Size = None, alpha: str = "required") -> T
     file = Path(file)
     _header(file, alpha)
     try:
-        with Image.open(file) as im: x = np.array(im.convert("RGBA"))
-    except (OSError, SyntaxError, ValueError) as e: raise UserError(f"{file}: damaged ({str(e)[:80]}); restore it") from None
+        with Image.open(file, formats=PICTURES) as im: x = np.array(im.convert("RGBA"))
+    except UNREADABLE as e: raise UserError(f"{file}: damaged ({str(e)[:80]}); restore it") from None
     try: return reduce_rgba(torch.from_numpy(x).permute(2, 0, 1).float().div_(255).contiguous(), size)
     except UserError as e: raise UserError(f"{file}: {e}") from None
 
@@ -193,7 +194,9 @@ def _picture(folder: Path, said: Any) -> Path:
     """The file that a frame's `file_path` names, inside `folder`; .png is added where no picture's extension is there."""
     if not isinstance(said, str) or not said.strip("./ ") or "\0" in said or len(said) > 1000: raise UserError(f"file_path is {str(said)[:60]!r}; expected a path such as './train/r_0'")
     path = Path(folder, said if said.lower().endswith(_PICTURES) else said + ".png")
-    if not path.resolve().is_relative_to(folder.resolve()): raise UserError(f"file_path {said[:60]!r} leaves the folder {folder}; paths must stay inside it")
+    try: inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError): raise UserError(f"file_path is {said[:60]!r}, which is no file's name") from None
+    if not inside: raise UserError(f"file_path {said[:60]!r} leaves the folder {folder}; paths must stay inside it")
     return path
 
 
@@ -201,7 +204,7 @@ def _number(d: dict, key: str, default: Any = None) -> float:
     """A finite number of a JSON object; a missing one without default is a UserError."""
     v = d.get(key, default)
     if v is None: raise UserError(f"the field {key} is missing; a NeRF-synthetic file has camera_angle_x and frames")
-    if isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v): raise UserError(f"{key} is {str(v)[:40]!r}; expected a finite number")
+    if isinstance(v, bool) or not isinstance(v, (int, float)) or not abs(v) < 1e300: raise UserError(f"{key} is {str(v)[:40]!r}; expected a finite number")
     return v
 
 # %% ../../nbs/kilonerf/00c_cameras.ipynb #a1e75be1

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from ..core.metrics import psnr, shift
 from ..core.recipe import UserError
-from ..core.run import atomic_path, read_json, write_json
+from ..core.run import PICTURES, UNREADABLE, atomic_path, read_json, write_json
 from .cameras import Camera, read_rgba, read_transforms, write_transforms
 from .splats import read_ply, splats_hash as hash_of
 
@@ -349,11 +349,11 @@ def write_teacher_frame(folder: str | Path, i: int, rgba: Tensor, depth: Tensor,
 def read_depth(file: str | Path) -> Tensor:
     """[1, H, W] float32 distance in world units from a 16-bit PNG, 0 where there is nothing; one UserError line names the file."""
     try:
-        with Image.open(file) as im:
+        with Image.open(file, formats=PICTURES) as im:
             if im.mode != "I;16" or im.width * im.height > 1 << 26: raise UserError(f"{file}: mode {im.mode}, {im.width}×{im.height}; expected a 16-bit grey PNG of at most 2²⁶ pixels")
             return torch.from_numpy(np.array(im).astype(np.float32) / DEPTH_STEPS)[None]
     except FileNotFoundError: raise UserError(f"{file}: the depth is missing; render the frame again") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise UserError(f"{file}: not a readable image ({str(e)[:80]}); render the frame again") from None
+    except (*UNREADABLE, Image.DecompressionBombError) as e: raise UserError(f"{file}: not a readable image ({str(e)[:80]}); render the frame again") from None
 
 # %% ../../nbs/kilonerf/00d_doctor.ipynb #75698e5f
 def write_teacher_stats(folder: str | Path, splats_hash: str, seconds_per_frame: float, size: tuple[int, int] | None = None) -> Path:
@@ -407,7 +407,7 @@ def _check_stats(f: _Folder) -> str:
         if not isinstance(d, dict) or not isinstance(d.get(k), kind) or isinstance(d[k], bool): raise UserError(f"{file}: the field {k} is missing or of another kind; write it with write_teacher_stats")
     if d["frames"] != f.frames: raise UserError(f"{file}: frames is {d['frames']}, expected {f.frames}")
     if not 1 <= d["width"] <= 16384 or not 1 <= d["height"] <= 16384: raise UserError(f"{file}: {d['width']}×{d['height']} pixels; expected sides of 1…16384")
-    if not 0 <= d["seconds_per_frame"] < math.inf or d["background"] != "white": raise UserError(f"{file}: background {d['background']!r}, {d['seconds_per_frame']} s a frame; expected 'white' and a finite time")
+    if not 0 <= d["seconds_per_frame"] < 1e9 or d["background"] != "white": raise UserError(f"{file}: background {d['background']!r}, {d['seconds_per_frame']} s a frame; expected 'white' and a finite time")
     f.keep(statistics=d)
     return f"{d['frames']} frames of {d['width']}×{d['height']}, {d['seconds_per_frame']:.3g} s each"
 
@@ -437,8 +437,8 @@ def _check_files(f: _Folder) -> str:
         if more := sorted(have - want): raise UserError(f"{_teacher(f.path, 0, what).parent}: {more[0]} is one too many, {f.frames} frames are expected")
         for i in range(f.frames):
             try:
-                with Image.open(file := _teacher(f.path, i, what)) as im: seen = (im.mode, *im.size)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e: raise UserError(f"{file}: not a readable image ({str(e)[:80]})") from None
+                with Image.open(file := _teacher(f.path, i, what), formats=PICTURES) as im: seen = (im.mode, *im.size)
+            except (*UNREADABLE, Image.DecompressionBombError) as e: raise UserError(f"{file}: not a readable image ({str(e)[:80]})") from None
             if seen != (mode, d["width"], d["height"]): raise UserError(f"{file}: {seen[0]}, {seen[1]}×{seen[2]}; expected {mode}, {d['width']}×{d['height']}")
     f.keep(frames=f.frames)
     return f"{f.frames} renders, depths and photographs on white, {d['width']}×{d['height']}"

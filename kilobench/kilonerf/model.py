@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from numba import njit, prange
 from torch import Tensor, nn
-from ..core.export import fill, load_student, save_student
+from ..core.export import building, fill, load_student, save_student
 from ..core.metrics import parameters
 from ..core.recipe import UserError, numba_threads, seeded
 from ..core.run import Run, stage, write_json
@@ -359,11 +359,13 @@ def load_trained(path: Path) -> KiloStudent:
     """The student in a file that `save_trained` wrote, eval mode, on the CPU; a file of another project or shape is a `UserError`."""
     state, config = load_student(path)
     if config.get("project") != "kilonerf": raise UserError(f"{path}: holds a student of {config.get('project', 'no project')}, expected kilonerf")
-    part, shape = StudentPart.model_validate_json(json.dumps(config["part"])), config["occupancy"]
     bits = state.pop("occupancy", torch.zeros(0, dtype=torch.uint8))
-    if math.prod(shape) > 8 * len(bits): raise UserError(f"{path}: its occupancy has {8 * len(bits)} bits, expected {shape}")
-    grid = np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool).reshape(shape)
-    student = KiloStudent(part, Occupancy(torch.tensor(config["box"]), torch.from_numpy(grid)))
+    with building(path, state | {"occupancy": bits}, "student of the kilonerf project"):
+        part, shape, box = StudentPart.model_validate_json(json.dumps(config["part"])), config["occupancy"], torch.tensor(config["box"], dtype=torch.float32)
+        if len(shape) != 3 or min(shape) < 1 or not 0 <= 8 * len(bits) - math.prod(shape) < 8: raise UserError(f"its occupancy has {8 * len(bits)} bits, expected {str(shape)[:60]}")
+        if box.shape != (2, 3) or not (box[1] > box[0]).all() or not box.isfinite().all(): raise UserError(f"its box is {str(config['box'])[:80]}")
+        grid = np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool).reshape(shape)
+        student = KiloStudent(part, Occupancy(box, torch.from_numpy(grid)))
     return fill(student, state, path).eval()
 
 # %% ../../nbs/kilonerf/01_model.ipynb #6e7f1bbd

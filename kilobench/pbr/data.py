@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.metrics import psnr
 from ..core.recipe import UserError
-from ..core.run import Run, disk_full, folder_lock, read_json, stage, write_json
+from ..core.run import Run, disk_full, folder_lock, read_json, stage, within, write_json
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
 from ..core.training import mix
@@ -53,6 +53,9 @@ def said_of(samples: Iterable[Sample]) -> dict[str, Any]:
     return {s.name: {"material": s.material, "views": [{"light": list(v[:3]), "eye": list(v[3:])} for v in s.rig]} for s in samples}
 
 
+def _names_a_folder(what: Any) -> bool: return isinstance(what, str) and bool(_NAME.fullmatch(what)) and not what.endswith(".")
+
+
 def read_metadata(input_dir: str | Path, views: int) -> dict[str, Sample]:
     """Sample name → sample, of a folder's render_metadata.json, flat or ours; missing, damaged or leading out of its folder: `UserError`."""
     file = Path(input_dir) / METADATA
@@ -65,12 +68,12 @@ def read_metadata(input_dir: str | Path, views: int) -> dict[str, Sample]:
 def _sample(where: str, name: str, entry: Any, views: int) -> Sample:
     material, shots = (entry, None) if isinstance(entry, str) else (entry.get("material"), entry.get("views")) if isinstance(entry, dict) else (None, None)
     for what in (name, material):
-        if not isinstance(what, str) or not _NAME.fullmatch(what) or what.endswith("."): raise UserError(f"{where}: {what!r} names no folder; expected letters, digits, spaces and . + ( ) - _")
+        if not _names_a_folder(what): raise UserError(f"{where[:400]}: {str(what)[:80]!r} names no folder; expected letters, digits, spaces and . + ( ) - _")
     if shots is None: return Sample(name, material, ((0.0,) * 6,) * views)
     try:
         setup = tuple(tuple(float(x) for x in (*shot["light"], *shot["eye"])) for shot in shots)
         if len(setup) < views or any(len(v) != 6 or not all(-1e4 < x < 1e4 for x in v) for v in setup): raise ValueError
-    except (TypeError, KeyError, ValueError): raise UserError(f"{where}: expected at least {views} views, each {{\"light\": [x, y, z], \"eye\": [x, y, z]}} in half sides of the square") from None
+    except (TypeError, KeyError, ValueError, OverflowError): raise UserError(f"{where}: expected at least {views} views, each {{\"light\": [x, y, z], \"eye\": [x, y, z]}} in half sides of the square") from None
     return Sample(name, material, setup[:views])
 
 # %% ../../nbs/pbr/00_data.ipynb #069180df
@@ -114,14 +117,14 @@ def read_photos(folder: Path, views: int, size: int) -> Tensor:
     """The first `views` photographs of a sample, [V, 3, size, size] in sRGB; a missing one, or one of another size, is a `UserError`."""
     files = [folder / f"{k}.png" for k in range(views)]
     if lost := [f for f in files if not f.exists()]: raise UserError(f"{lost[0]}: is missing; a sample has {views} photographs, 0.png to {views - 1}.png (data.num_views)")
-    return torch.stack([read_map(f, "albedo", size) for f in files])
+    return torch.stack([read_map(within(folder, f), "albedo", size) for f in files])
 
 
 def read_maps(folder: Path, size: int, normals: str = "opengl") -> Tensor:
     """Maps [8, size, size] of a material of the source's layout; `normals`: the convention they are stored in."""
     files = {name: folder / f"{name}.png" for name in CHANNELS}
     if lost := [f for f in files.values() if not f.exists()]: raise UserError(f"{lost[0]}: is missing; a material has {', '.join(f.name for f in files.values())}")
-    maps = torch.cat([read_map(f, name, size) for name, f in files.items()])
+    maps = torch.cat([read_map(within(folder, f), name, size) for name, f in files.items()])
     if normals == "directx": maps[6] = -maps[6]
     return maps
 
@@ -193,6 +196,13 @@ def entries_of(items: Sequence[Item]) -> list[dict[str, Any]]:
     return [{"sample": i.sample.name, "material": i.sample.material, "rig": [list(v) for v in i.sample.rig], "source": i.source, "split": i.split} for i in items]
 
 # %% ../../nbs/pbr/00_data.ipynb #570d5d16
+def _is_entry(e: Any, views: int) -> bool:
+    """Is this an item of the index, as `entries_of` makes it, its names inside their folders?"""
+    if not isinstance(e, dict) or not _names_a_folder(e.get("sample")) or not _names_a_folder(e.get("material")) or e.get("source") not in SOURCES: return False
+    rig = e.get("rig")
+    return e.get("split") in ("train", "val", "test", "dirty", "real") and isinstance(rig, list) and 1 <= len(rig) == views <= 64 and all(isinstance(v, list) and len(v) == 6 and all(type(x) in (int, float) and -1e4 < x < 1e4 for x in v) for v in rig)
+
+
 @dataclass
 class PbrData(Dataset):
     """The samples of a finished set: `fetch(indices)`, `rows(split)`, `keys`."""
@@ -208,8 +218,10 @@ class PbrData(Dataset):
     def open(cls, dir: Path) -> "PbrData":
         """From a folder that `make_data` finished; a damaged index is a `UserError`."""
         said = read_json(dir / "index.json", 1 << 30)
-        try: return cls(dir, list(said["items"]), Path(said["input"] or dir / "input"), Path(said["output"] or dir / "output"), int(said["size"]), int(said["views"]), str(said["normals"]))
-        except (KeyError, TypeError, ValueError): raise UserError(f"{dir / 'index.json'}: damaged, it is no index of samples; remove {dir} to make the set again") from None
+        try:
+            if not said["items"] or not all(_is_entry(e, said["views"]) for e in said["items"]) or not 1 <= said["size"] <= 8192: raise ValueError
+            return cls(dir, said["items"], Path(said["input"] or dir / "input"), Path(said["output"] or dir / "output"), int(said["size"]), int(said["views"]), str(said["normals"]))
+        except (KeyError, TypeError, ValueError, OverflowError): raise UserError(f"{dir / 'index.json'}: damaged, it is no index of samples; remove {dir} to make the set again") from None
 
     def __len__(self) -> int: return len(self.entries)
     @property
@@ -228,7 +240,8 @@ class PbrData(Dataset):
         """views [V, 3, S, S] and maps [8, S, S] of item i, from its PNGs."""
         e, own = self.entries[i], self.entries[i]["split"] != "real"
         inputs, outputs = (self.input_dir, self.output_dir) if own else (self.dir / "real/input", self.dir / "real/output")
-        return {"views": read_photos(inputs / e["source"] / e["sample"], self.views, self.size), "maps": read_maps(outputs / e["material"], self.size, self.normals if own else "opengl")}
+        photos, material = within(inputs, inputs / e["source"] / e["sample"]), within(outputs, outputs / e["material"])
+        return {"views": read_photos(photos, self.views, self.size), "maps": read_maps(material, self.size, self.normals if own else "opengl")}
 
     @cached_property
     def packed(self) -> Shards | None:

@@ -7,7 +7,6 @@ __all__ = ['NAMES', 'DEEP', 'PLAIN', 'FITS', 'open_pt', 'ranges', 'eight', 'maps
            'check_order']
 
 # %% ../../nbs/pbr/02b_source_shards.ipynb #48230b09
-import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ DEEP = 4                                                                        
 def open_pt(file: Path) -> Any:
     """What a `.pt` file holds, of tensors, numbers, text and containers; anything else in it is a `UserError` and is not run."""
     try: return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read as tensors ({str(e).strip().partition(chr(10))[0][:120]}); expected a .pt file of tensors and text, written by torch.save") from None
+    except Exception as e:      # damaged archives and pickles raise nearly anything
+        raise UserError(f"{file}: cannot be read as tensors ({(str(e).strip() or type(e).__name__).partition(chr(10))[0][:120]}); expected a .pt file of tensors and text, written by torch.save") from None
 
 # %% ../../nbs/pbr/02b_source_shards.ipynb #d0d5215d
 PLAIN = ("albedo", "roughness", "metallic")
@@ -45,12 +44,16 @@ def eight(found: Mapping[str, Tensor], signed: bool, halved: bool) -> Tensor:
     return torch.cat([*(parts[n].clamp(0, 1) for n in PLAIN), F.normalize(parts["normal"], dim=0)])
 
 
+def _is_map(x: Tensor) -> bool: return x.ndim in (3, 4) and x.layout == torch.strided and not x.is_quantized and not x.is_complex() and x.numel() > 0
+
+
 def maps_in(held: Any, depth: int = DEEP) -> dict[str, Tensor] | list[dict[str, Tensor]] | None:
     """The maps somewhere in what a file holds: by name, [N, C, H, W], or a list of single ones [C, H, W]; None if there are none."""
-    if isinstance(held, Tensor): return {n: held[..., at, :, :] for n, at in CHANNELS.items()} if held.ndim in (3, 4) and held.shape[-3] == 8 else None
+    if isinstance(held, Tensor): return {n: held[..., at, :, :] for n, at in CHANNELS.items()} if _is_map(held) and held.shape[-3] == 8 else None
     if isinstance(held, Mapping):
         named = {n: next((v for k, v in held.items() if isinstance(v, Tensor) and n in str(k).lower()), None) for n in CHANNELS}
-        if all(v is not None and v.ndim in (3, 4) and v.shape[-3] == at.stop - at.start for v, at in zip(named.values(), CHANNELS.values())): return named
+        fit = all(v is not None and _is_map(v) and v.shape[-3] == at.stop - at.start for v, at in zip(named.values(), CHANNELS.values()))
+        if fit and len({(v.shape[:-3], v.shape[-2:]) for v in named.values()}) == 1: return named
         return next((m for v in held.values() if depth and (m := maps_in(v, depth - 1))), None)
     if isinstance(held, (list, tuple)) and held:
         singles = [maps_in(v, depth - 1) if depth else None for v in held]
@@ -88,23 +91,26 @@ class SourceShards:
         files = sorted(self.folder.glob("*.pt"))
         if not files: raise UserError(f"{folder}: holds no .pt files; expected a folder of a teacher's answers (shards.input_dir)")
         self.at: dict[str, tuple[int, int]] = {}
-        self.held, said = [], []
+        self.held, counts, said = [], [], []
         for file in files:
             held = open_pt(file)
             maps = maps_in(held)
             if maps is None: raise UserError(f"{file}: holds no maps; expected a tensor [N, 8, H, W], or {', '.join(CHANNELS)}, each [N, C, H, W], or a list of such")
-            rows = maps if isinstance(maps, list) else [{n: m[i] for n, m in maps.items()} for i in range(len(maps["albedo"]))] if maps["albedo"].ndim == 4 else [maps]
-            self.held.append(rows)
+            if isinstance(maps, dict) and maps["albedo"].ndim == 3: maps = [maps]
+            rows = len(maps) if isinstance(maps, list) else len(maps["albedo"])
+            self.held.append(maps)
+            counts.append(rows)
             names = names_in(held)
-            if not order and (names is None or len(names) != len(rows)): raise UserError(f"{file}: holds {len(rows)} answers and {'no' if names is None else len(names)} names; say whose they are in shards.order, a text file with a name a line")
+            if not order and (names is None or len(names) != rows): raise UserError(f"{file}: holds {rows:,} answers and {'no' if names is None else len(names)} names; say whose they are in shards.order, a text file with a name a line")
             said += names or []
         said = self._lines(Path(order)) if order else said
-        places = [(k, i) for k, rows in enumerate(self.held) for i in range(len(rows))]
-        self.signed, self.halved = ranges([self.held[k][i] for k, i in places[::max(1, len(places) // 64)]])
-        if len(said) != len(places): raise UserError(f"{order or folder}: {len(said)} names for {len(places)} answers")
+        if len(said) != sum(counts): raise UserError(f"{order or folder}: {len(said):,} names for {sum(counts):,} answers")
+        places = [(k, i) for k, rows in enumerate(counts) for i in range(rows)]
+        some = [self._row(*p) for p in places[::max(1, len(places) // 64)]]
+        self.signed, self.halved = ranges(some)
         for name, place in zip(said, places):
             key = name if "/" in name else f"{name}/clean"
-            if key in self.at: raise UserError(f"{order or folder}: names {name} twice")
+            if key in self.at: raise UserError(f"{order or folder}: names {name[:80]} twice")
             self.at[key] = place
 
     @staticmethod
@@ -112,14 +118,15 @@ class SourceShards:
         try: return order.read_text(encoding="utf-8").split()
         except (OSError, UnicodeDecodeError) as e: raise UserError(f"shards.order={order}: cannot be read ({e.__class__.__name__}); expected a text file with a sample's name a line") from None
 
+    def _row(self, file: int, row: int) -> dict[str, Tensor]: return m[row] if isinstance(m := self.held[file], list) else {n: x[row] for n, x in m.items()}
+
     @property
     def names(self) -> list[str]: return list(self.at)
 
     def fetch(self, name: str) -> Tensor:
         """The maps [8, h, w] of a sample and source; one that the folder has not is a `UserError`."""
         if name not in self.at: raise UserError(f"{self.folder}: holds no answer for {name}; every sample of the training split needs one")
-        file, row = self.at[name]
-        return eight(self.held[file][row], self.signed, self.halved)
+        return eight(self._row(*self.at[name]), self.signed, self.halved)
 
 # %% ../../nbs/pbr/02b_source_shards.ipynb #7865d676
 FITS = 0.9     # share of answers that must be nearer to their own material

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ..core.export import fill, load_student, save_student
+from ..core.export import building, fill, load_student, save_student
 from ..core.losses import feature_l2
 from ..core.metrics import compare_latency, psnr, ssim, to_uint8
 from ..core.recipe import UserError
@@ -280,11 +280,12 @@ def save_trained(path: Path, name: str, model: nn.Module, recipe: PbrRecipe, rig
 def load_trained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """(network in eval mode, its config) from a file that `save_trained` wrote; checksum verified."""
     state, config = load_student(path)
-    try:
+    with building(path, state, "network of the pbr project"):
         where = "model" if config["network"] == "teacher" else "student"
         recipe = PbrRecipe.make("cpu", {f"{where}.{k}": v for k, v in config["part"].items()} | {f"{where}.pretrained": False, "data.image_size": max(32, int(config["map_size"]))})
         model = build(config["network"], recipe)
-    except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a network of the pbr project ({e}); give a file from a run's export/ folder") from None
+        rig, sizes = torch.tensor(config["rig"], dtype=torch.float32), [config[k] for k in ("views", "image_size", "map_size")]
+        if rig.shape != (sizes[0], 6) or not rig.isfinite().all() or not all(type(n) is int and 1 <= n <= 8192 for n in sizes): raise ValueError(f"views, image_size and map_size are {str(sizes)[:60]}, the rig is {list(rig.shape)}")
     return fill(model, state, path).eval(), config
 
 # %% ../../nbs/pbr/02_train.ipynb #d267214a

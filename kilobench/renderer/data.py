@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'TESTS', 'TRAIN_STYLES', 'PLAIN', 'FUNCTION_WORDS', 'SCENE_VOCABULARY', 'MAX_PIXELS', 'MAX_ITEMS',
-           'MAX_WORDS', 'MAKER', 'held_out_pairs', 'HeldOut', 'draw_items', 'words_of', 'guess_nouns', 'Vocabulary',
-           'vocabulary_of', 'read_captions', 'read_image', 'split_folder', 'RenderData', 'data_dir', 'make_data',
-           'read_data', 'CaptionImages', 'ceiling_mse', 'image_hashes', 'check_data', 'check_scenes', 'load_data',
-           'data']
+           'MAX_WORDS', 'MAX_BYTES', 'MAKER', 'held_out_pairs', 'HeldOut', 'draw_items', 'words_of', 'guess_nouns',
+           'Vocabulary', 'vocabulary_of', 'read_captions', 'read_image', 'split_folder', 'RenderData', 'data_dir',
+           'read_items', 'make_data', 'read_data', 'CaptionImages', 'ceiling_mse', 'image_hashes', 'check_data',
+           'check_scenes', 'load_data', 'data']
 
 # %% ../../nbs/renderer/00_data.ipynb #80dbec03
 import hashlib
 import json
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.metrics import to_uint8
 from ..core.recipe import UserError, nearest
-from ..core.run import Run, atomic_write, read_json, stage, write_json
+from ..core.run import PICTURES, UNREADABLE, Run, atomic_write, read_json, stage, write_json
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
 from .recipe import DataPart
@@ -146,25 +147,27 @@ def vocabulary_of(captions: Sequence[str]) -> Vocabulary:
     return Vocabulary(tuple(sorted({w for r in rows for w in r})), tuple(sorted(guess_nouns(captions))), max(map(len, rows)))
 
 # %% ../../nbs/renderer/00_data.ipynb #cadba537
-MAX_PIXELS, MAX_ITEMS, MAX_WORDS = 64_000_000, 1_000_000, 200
+MAX_PIXELS, MAX_ITEMS, MAX_WORDS, MAX_BYTES = 64_000_000, 1_000_000, 200, 1 << 30
 
 
 def read_captions(folder: Path) -> list[tuple[Path, str]]:
     """[(image file, caption)] of folder/captions.jsonl, checked; errors name the line."""
     listing, root = Path(folder) / "captions.jsonl", Path(folder).resolve()
     if not listing.is_file(): raise UserError(f"{listing}: not found; expected one {{\"file\": …, \"caption\": …}} a line, beside the images")
+    if listing.stat().st_size > MAX_BYTES: raise UserError(f"{listing}: {listing.stat().st_size >> 20:,} MiB; at most {MAX_BYTES >> 20:,} are read")
     out = []
     for n, line in enumerate(listing.open(encoding="utf-8-sig", errors="replace"), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError): raise UserError(f"{listing} line {n}: not JSON; expected {{\"file\": …, \"caption\": …}}") from None
+        except (ValueError, RecursionError): raise UserError(f"{listing} line {n}: not JSON; expected {{\"file\": …, \"caption\": …}}") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(k), str) and row[k].strip() for k in ("file", "caption")):
             raise UserError(f"{listing} line {n}: expected text in both \"file\" and \"caption\"")
         if not 0 < sum(w[0].isalnum() for w in words_of(row["caption"])) <= MAX_WORDS:
             raise UserError(f"{listing} line {n}: {len(words_of(row['caption']))} words in \"caption\"; expected 1 to {MAX_WORDS}")
-        path = (root / row["file"]).resolve()
-        if not path.is_relative_to(root): raise UserError(f"{listing} line {n}: {row['file']!r} lies outside the folder; copy the image into it")
-        if not path.is_file(): raise UserError(f"{listing} line {n}: image {row['file']!r} is not there")
+        try: path, named = (root / row["file"]).resolve(), repr(row["file"][:200])
+        except (ValueError, OSError, RuntimeError): raise UserError(f"{listing} line {n}: {row['file'][:60]!r} is no file's name") from None
+        if not path.is_relative_to(root): raise UserError(f"{listing} line {n}: {named} lies outside the folder; copy the image into it")
+        if not os.path.isfile(path): raise UserError(f"{listing} line {n}: image {named} is not there")
         out.append((path, row["caption"]))
         if n > MAX_ITEMS: raise UserError(f"{listing}: more than {MAX_ITEMS:,} lines; split the set")
     if len(out) < 20: raise UserError(f"{listing}: {len(out)} items; at least 20 are needed to hold some out")
@@ -174,14 +177,14 @@ def read_captions(folder: Path) -> list[tuple[Path, str]]:
 def read_image(path: Path, size: int) -> Tensor:
     """[3, size, size] in [0, 1]: centre-cropped square, resized with anti-aliasing; one-line `UserError` for what is no picture."""
     try:
-        with Image.open(path) as im:
+        with Image.open(path, formats=PICTURES) as im:
             if im.width * im.height > MAX_PIXELS: raise UserError(f"{path}: {im.width} × {im.height} pixels; at most {MAX_PIXELS:,} are read")
             side = min(im.size)
             left, top = (im.width - side) // 2, (im.height - side) // 2
             im = im.convert("RGB").resize((size, size), Image.Resampling.BOX if side >= size else Image.Resampling.BICUBIC, (left, top, left + side, top + side))
     except Image.DecompressionBombError: raise UserError(f"{path}: far too large; at most {MAX_PIXELS:,} pixels are read") from None
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError(f"{path}: not a picture that can be read ({str(e).splitlines()[0][:80]}); expected PNG or JPEG") from None
+    except UNREADABLE as e:
+        raise UserError(f"{path}: not a picture that can be read ({(str(e) or type(e).__name__).splitlines()[0][:80]}); expected PNG or JPEG") from None
     return torch.from_numpy(np.asarray(im).copy()).permute(2, 0, 1).float() / 255
 
 # %% ../../nbs/renderer/00_data.ipynb #ee706202
@@ -235,13 +238,28 @@ def data_dir(run: Run) -> Path:
     return run.cache("data", "data", "seed", extra=extra)
 
 # %% ../../nbs/renderer/00_data.ipynb #feed8a4b
+def read_items(listing: Path) -> list[dict[str, Any]]:
+    """The items that `make_data` listed, at least one of them to train on; a damaged line is a `UserError` that names it."""
+    items = []
+    try: lines = listing.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e: raise UserError(f"{listing}: cannot be read ({type(e).__name__}); remove {listing.parent} to make the set again") from None
+    for n, line in enumerate(lines, 1):
+        try: item = json.loads(line)
+        except (ValueError, RecursionError): item = None
+        whole = isinstance(item, dict) and item.get("split") in SPLITS and isinstance(item.get("file", ""), str) and isinstance(item.get("captions"), list) and item["captions"]
+        if not whole or not all(isinstance(c, str) for c in item["captions"]): raise UserError(f"{listing} line {n}: damaged, it is no item; remove {listing.parent} to make the set again")
+        items.append(item)
+    if not any(i["split"] == "train" for i in items): raise UserError(f"{listing}: damaged, nothing to train on; remove {listing.parent} to make the set again")
+    return items
+
+
 def make_data(dir: Path, part: DataPart, seed: int) -> None:
     """Draw or read all items, render or resize their images, and write the data set into `dir`; what is there is kept."""
     listing = dir / "items.jsonl"
     if not listing.exists():
         items = split_folder(read_captions(Path(part.folder)), part.eval_share) if part.folder else draw_items(part, seed)
         atomic_write(listing, "".join(json.dumps(i, ensure_ascii=False) + "\n" for i in items))
-    items = [json.loads(line) for line in listing.read_text(encoding="utf-8").splitlines()]
+    items = read_items(listing)
     images = (lambda rows: torch.stack([read_image(Path(items[i]["file"]), part.size) for i in rows])) if part.folder else \
         (lambda rows: render([parse(items[i]["captions"][0]) for i in rows], part.size))
     build_shards(dir / "images", lambda rows: {"image": images(rows)}, len(items), shard_size=1000, store="uint8", progress=False)
@@ -252,8 +270,10 @@ def make_data(dir: Path, part: DataPart, seed: int) -> None:
 def read_data(dir: Path, own: bool = False) -> RenderData:
     """The data set in a folder that `make_data` finished."""
     shards = Shards.open(dir / "images")
-    items = [json.loads(line) for line in (dir / "items.jsonl").read_text(encoding="utf-8").splitlines()]
-    v = read_json(dir / "vocabulary.json")
+    items, v = read_items(dir / "items.jsonl"), read_json(dir / "vocabulary.json")
+    if len(items) != len(shards): raise UserError(f"{dir / 'items.jsonl'}: damaged, {len(items)} items for {len(shards)} images; remove {dir} to make the set again")
+    texts = lambda x: isinstance(x, list) and all(isinstance(w, str) for w in x)
+    if not isinstance(v, dict) or not texts(v.get("words")) or not texts(v.get("nouns")) or type(v.get("length")) is not int: raise UserError(f"{dir / 'vocabulary.json'}: damaged, it is no vocabulary; remove {dir} to make the set again")
     train = [i for i, item in enumerate(items) if item["split"] == "train"]
     page = to_uint8(shards.fetch(train[:: max(1, len(train) // 512)])["image"].median(0).values)
     return RenderData(dir, shards, items, Vocabulary(tuple(v["words"]), tuple(v["nouns"]), v["length"]), page, own)

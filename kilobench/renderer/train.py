@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from ..core.export import fill, load_student, save_student
+from ..core.export import building, fill, load_student, save_student
 from ..core.losses import RandomPerceptual, WeightedSum, l1, l2, total_variation
 from ..core.metrics import psnr
-from ..core.recipe import UserError
 from ..core.run import Run, is_main, stage
 from ..core.show import montage
 from ..core.training import Fitted, Strips, fit, load_fitted
@@ -83,11 +82,10 @@ def save_trained(path: Path, name: str, model: nn.Module, made: RenderData, reci
 def load_trained(path: Path) -> tuple[nn.Module, Vocabulary, dict[str, Any]]:
     """(student in eval mode, its vocabulary, its config) from a file that `save_trained` wrote; checksum verified."""
     state, config = load_student(path)
-    try:
-        vocabulary = Vocabulary(tuple(config["words"]), tuple(config["nouns"]), int(config["length"]))
+    with building(path, state, "student of the renderer project"):
+        vocabulary, config["own"] = Vocabulary(tuple(map(str, config["words"])), tuple(map(str, config["nouns"])), int(config["length"])), bool(config["own"])
         recipe = RendererRecipe.make("full", {f"{config['student']}.{k}": v for k, v in config["part"].items()} | {"data.size": config["size"]})
         model = build_student(config["student"], vocabulary, recipe)
-    except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a student of the renderer project ({e}); give a file from a run's export/ folder") from None
     return fill(model, state, path).eval(), vocabulary, config
 
 # %% ../../nbs/renderer/02_train.ipynb #86ea9a91

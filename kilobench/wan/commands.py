@@ -192,7 +192,7 @@ def check(run: Annotated[str, typer.Option(help="Verify this run's students inst
         from kilobench.wan.teachers import check_layout, find_folder
         folder = find_folder(teacher_path, False)
         said = check_layout(folder) if folder.is_dir() else {"_class_name": "a single file"}
-        return print(f"{folder}: {said['_class_name']}, {'two experts, boundary ' + str(said.get('boundary_ratio')) if (said.get('transformer_2') or [None])[0] else 'one transformer'}{', a time for each token' if said.get('expand_timesteps') else ''}; all files are there")
+        return print(f"{folder}: {said['_class_name']}, {'two experts, boundary ' + str(said.get('boundary_ratio')) if isinstance(two := said.get('transformer_2'), list) and two and two[0] else 'one transformer'}{', a time for each token' if said.get('expand_timesteps') else ''}; all files are there")
     if run:
         from kilobench.core.export import read_header
         from kilobench.wan.train import load_network

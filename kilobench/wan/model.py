@@ -272,9 +272,9 @@ def lite_config(path: str | Path, part: StudentPart, channels: int, text_dim: in
     if not isinstance(said, dict): raise UserError(f"{path}: expected a JSON object with {', '.join(LITE_SIZES)}")
     for k, v in said.items():
         if k == "model_type":
-            if v != "WanLiteStudent": raise UserError(f"{path}: model_type: expected 'WanLiteStudent', not {v!r}")
-        elif k not in LITE_SIZES: raise UserError(f"{path}: {k}: is no size of WanLiteStudent; expected {', '.join(LITE_SIZES)}")
-        elif type(v) is not int or v < 1: raise UserError(f"{path}: {k}: expected a whole number ≥ 1, not {v!r}")
+            if v != "WanLiteStudent": raise UserError(f"{path}: model_type: expected 'WanLiteStudent', not {str(v)[:60]!r}")
+        elif k not in LITE_SIZES: raise UserError(f"{path}: {k[:60]!r}: is no size of WanLiteStudent; expected {', '.join(LITE_SIZES)}")
+        elif type(v) is not int or not 1 <= v <= 65536: raise UserError(f"{path}: {k}: expected a whole number ≥ 1 and ≤ 65536, not {str(v)[:60]!r}")
     for k, mine in (("num_channels", channels), ("text_dim", text_dim)):
         if said.get(k, mine) != mine: raise UserError(f"{path}: {k} is {said[k]}, the teacher's is {mine}")
     return sizes | {k: v for k, v in said.items() if k != "model_type"}

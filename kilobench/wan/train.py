@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from ..core.export import fill, load_student, read_header, save_student
+from ..core.export import building, fill, load_student, read_header, save_student
 from ..core.losses import l1
 from ..core.metrics import frechet_distance, import_torchvision, psnr
 from ..core.recipe import TrainPart, UserError, seeded
@@ -205,7 +205,10 @@ def load_wan(path: str | Path, recipe: WanRecipe) -> tuple[Teacher, nn.Module]:
     state, config = load_student(path)
     if config.get("network") != "small Wan": raise UserError(f"{path}: is no small Wan; expected the {WAN} of a run or a reference")
     teacher, auditor = small_teacher(recipe), Auditor()
-    teacher.vae.register_to_config(latents_mean=config["latents_mean"], latents_std=config["latents_std"])
+    for name in ("latents_mean", "latents_std"):
+        said, n = config.get(name), teacher.vae.config.z_dim
+        if not isinstance(said, list) or len(said) != n or not all(type(x) in (int, float) and -1e6 < x < 1e6 for x in said): raise UserError(f"{path}: its {name} is {str(said)[:60]}; expected {n} numbers")
+        teacher.vae.register_to_config(**{name: said})
     for name, m in {**teacher.modules, "auditor": auditor}.items():
         fill(m, {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + ".")}, path)
         freeze(m)
@@ -391,8 +394,10 @@ def save_network(path: Path, name: str, net: nn.Module, recipe: WanRecipe, side:
 def load_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """(student in eval mode, its config) from a file that `save_network` wrote; checksum verified."""
     state, config = load_student(path)
-    try: net = WanLiteStudent(**config["sizes"]) if config["kind"] == "lite" else empty_flat(config["sizes"])
-    except (KeyError, TypeError, ValueError) as e: raise UserError(f"{path}: not a student of the wan project ({e}); give a file from a run's export/ folder") from None
+    with building(path, state, "student of the wan project"):
+        net = WanLiteStudent(**config["sizes"]) if config["kind"] == "lite" else empty_flat(config["sizes"])
+        sigmas, side = torch.tensor(config["sigmas"], dtype=torch.float32), config["latent_side"]
+        if sigmas.ndim != 1 or len(sigmas) < 2 or not ((0 <= sigmas) & (sigmas <= 1)).all() or type(side) is not int or not 1 <= side <= 4096: raise ValueError(f"sigmas are {str(config['sigmas'])[:60]}, latent_side is {str(side)[:20]}")
     return fill(net, state, path).eval(), config
 
 
