@@ -40,7 +40,7 @@ def test_one_version(cfg): assert cfg["version"] == kilobench.__version__
 
 
 OPTIONAL = {"coremltools", "gsplat", "wandb", "voila"}  # imported inside the one function that needs it, which says how to install it
-WITH_ANOTHER = {"pydantic-core", "llvmlite", "huggingface-hub"}  # pydantic, numba and timm bring their own
+WITH_ANOTHER = {"pydantic-core", "llvmlite", "huggingface-hub", "dask"}  # pydantic, numba, timm and distributed bring their own
 
 
 def imported():

@@ -6,21 +6,23 @@
 __all__ = ['COSTS', 'finished_runs', 'references', 'readable', 'setting', 'told_apart', 'over_seeds', 'judged_by', 'measured',
            'named', 'Panel', 'panels', 'with_spread', 'panel_table', 'picture']
 
-# %% ../../nbs/core/09a_comparison.ipynb #402aa767
+# %% ../../nbs/core/09a_comparison.ipynb #b4f691e3
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TYPE_CHECKING
 
 import pandas as pd
 
 from .recipe import Recipe, UserError, altered, find_projects, nearest, split_words
 from .run import outputs_dir, read_json, reference_dir
 from .scorecard import Report, better, compare, decimals, finite, number, unlike
-from .show import Plot, tradeoffs
 
-# %% ../../nbs/core/09a_comparison.ipynb #0365e374
+# %% ../../nbs/core/09a_comparison.ipynb #08b3152b
+if TYPE_CHECKING: from kilobench.core.show import Plot  # a table needs no drawing
+
+# %% ../../nbs/core/09a_comparison.ipynb #53e68761
 def finished_runs(project: str = "") -> list[Path]:
     """Folders of the runs under outputs/ whose scorecard has rows, sorted; of one project if given. Damaged ones are among them, to be told."""
     found = [p.parent for p in outputs_dir().glob(f"{project or '*'}/*/report.json") if _has_rows(p)]
@@ -29,8 +31,8 @@ def finished_runs(project: str = "") -> list[Path]:
 
 
 def _has_rows(file: Path) -> bool:
-    try: return bool(read_json(file)["rows"])
-    except (UserError, KeyError, TypeError): return True
+    try: return bool(read_json(file).get("rows"))
+    except (UserError, AttributeError): return True
 
 
 def references(project: str = "") -> list[Path]:
@@ -184,7 +186,7 @@ def _apart(settings: Iterable[str]) -> dict[str, str]:
     given = list(dict.fromkeys(s for s in settings if s))
     return {"": ""} | dict(zip(given, told_apart(given)))
 
-# %% ../../nbs/core/09a_comparison.ipynb #7394b5b1
+# %% ../../nbs/core/09a_comparison.ipynb #3c2fd183
 def _line(series: Mapping[str, Any], told: Mapping[str, str], metric: str, alone: bool) -> dict[str, Any]:
     """One line of a panel as `tradeoffs` wants a row; its label says the setting where there are several."""
     cost = {k.removeprefix("cost/"): v for k, v in series.items() if k.startswith("cost/") and not k.endswith(" ±")}
@@ -192,8 +194,9 @@ def _line(series: Mapping[str, Any], told: Mapping[str, str], metric: str, alone
     return {"name": name, "role": series["role"], "metrics": {metric: finite(series.get(metric))}, "cost": cost, "spread": {metric: finite(series.get(f"{metric} ±"))}}
 
 
-def picture(panels: Sequence[Panel]) -> Plot:
+def picture(panels: Sequence[Panel]) -> "Plot":
     """Quality against latency, one picture for all panels; each shows its first metric, marks by role, areas by parameters, frontiers and floors."""
+    from kilobench.core.show import tradeoffs
     drawn = {}
     for p in panels:
         told, metric = _apart(p.frame["setting"]), p.metrics[0]
