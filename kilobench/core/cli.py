@@ -137,7 +137,7 @@ def resolve_run(word: str) -> Run:
     mine = [outputs_dir() / r for r in find_runs(word)] if re.fullmatch(r"\w+", word) else []
     if mine: return Run.load(max(mine, key=lambda p: max(f.stat().st_mtime for f in p.glob("*.*"))))
     if not runs: raise UserError(f"run {word!r}: there is no run under {outputs_dir()} yet; start one with `kilobench run PROJECT`")
-    raise UserError(f"run: {nearest(word, runs)}")
+    raise UserError(f"run: {nearest(word, [*runs, *dict.fromkeys(r.partition('/')[0] for r in runs)])}")      # a project means its newest
 
 # %% ../../nbs/core/13_cli.ipynb #6a3c7aeb
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
