@@ -819,6 +819,7 @@ class LiveView(Callback):
     def __init__(self, seconds: float = 2.0): self.every, self.points, self.view = seconds, [], None
 
     def on_start(self, state: FitState) -> None:
+        """Build the widgets and display them."""
         self.points, self.view = [], None
         if not (state.main and state.stop > state.step and in_notebook()): return
         import ipywidgets as widgets

@@ -161,7 +161,7 @@ def production_test(folder: Path) -> dict[str, float]:
     """Distil a toy teacher on our prompts in `folder`; → {student, zero}: mean squared errors of the velocity. A step that fails is a `UserError`."""
     import torch
     from kilobench.core.export import load_student
-    from kilobench.core.run import open_run, reference_dir
+    from kilobench.core.run import open_run
     from kilobench.wan.data import prompts_of
     from kilobench.wan.data import data as films
     from kilobench.wan.distillation import ask_teacher, path_of, pick, asker
