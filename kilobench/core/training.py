@@ -739,6 +739,7 @@ class Progress(Callback):
     """A bar in a terminal, else one line each tenth of the way: loss, steps/s, time left. In JupyterLab `LiveView` says it."""
 
     def on_start(self, state: FitState) -> None:
+        """Decide who is looking."""
         self.begin, self.t0, self.told, self.bar = state.step, time.perf_counter(), time.perf_counter(), None
         self.marks = {state.step + math.ceil((state.stop - state.step) * i / 10) for i in range(1, 11)} if state.main else set()
         if in_notebook(): self.marks = set()
