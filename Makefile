@@ -53,7 +53,8 @@ test: check
 	  said=$$(KILOBENCH_OUTPUTS=$(SCRATCH)/notebooks/$$(basename PART) $(BIN)/nbdev_test --path PART $$only --skip_file_re "$(STAGES)" --n_workers 1 --timing 2>&1); code=$$?; \
 	  echo "-- PART"; echo "$$said"; exit $$code'
 	@echo "== pytest"
-	@KILOBENCH_OUTPUTS=$(SCRATCH)/pytest $(BIN)/python -m pytest -n 2 --dist loadfile --basetemp $(SCRATCH)/tmp
+	@KILOBENCH_OUTPUTS=$(SCRATCH)/pytest $(BIN)/python -m pytest -n 2 --dist loadfile --basetemp $(SCRATCH)/tmp; code=$$?; \
+	if [ -d $(SCRATCH)/pytest/browser ]; then rm -rf outputs/browser && cp -r $(SCRATCH)/pytest/browser outputs/browser; fi; exit $$code
 
 # Not part of `make test`, which has a small slice of it (tests/test_robust.py). Figures: the last line, and outputs/robust/report.json.
 robust: $(STAMP)

@@ -93,7 +93,7 @@ def test_make_targets(tmp_path):
 
 def test_ci_runs_the_readmes_command():
     script = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line and not line.startswith("#")]
-    assert script == ["set -eu", 'cd "$(dirname "$0")/.."', "make test"] and os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert script[:2] == ["set -eu", 'cd "$(dirname "$0")/.."'] and script[-1] == "make test" and os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 # ---- the wheel ----

@@ -739,7 +739,7 @@ class Progress(Callback):
     """A bar in a terminal, else one line each tenth of the way: loss, steps/s, time left. In JupyterLab `LiveView` says it."""
 
     def on_start(self, state: FitState) -> None:
-        """Where it begins, and at which steps it speaks."""
+        """Decide who is looking."""
         self.begin, self.t0, self.told, self.bar = state.step, time.perf_counter(), time.perf_counter(), None
         self.marks = {state.step + math.ceil((state.stop - state.step) * i / 10) for i in range(1, 11)} if state.main else set()
         if in_notebook(): self.marks = set()
@@ -820,7 +820,7 @@ class LiveView(Callback):
     def __init__(self, seconds: float = 2.0): self.every, self.points, self.view = seconds, [], None
 
     def on_start(self, state: FitState) -> None:
-        """The view on the screen, where somebody may look at it and there is something left to do."""
+        """Build the widgets and display them."""
         self.points, self.view = [], None
         if not (state.main and state.stop > state.step and in_notebook()): return
         import ipywidgets as widgets

@@ -212,7 +212,7 @@ def explorer(made: SceneData | None, students: dict[str, KiloStudent] | None, ne
     teacher = ask_teacher(made) if made else None
 
     def show(edit: str, azimuth: float, elevation: float, distance: float) -> dict[str, Any]:
-        """One view, by whoever is there to draw it."""
+        """What is shown for the controls' values."""
         asked = Asked("" if edit == "none" else edit, azimuth, elevation, distance, size)
         frame = render_frame(students[asked.scene], asked.camera)
         got, far = over(frame.rgb, frame.alpha, 1.0).clamp(0, 1), frame.depth.max().clamp(min=1e-6)
