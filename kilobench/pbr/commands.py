@@ -224,7 +224,7 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     from kilobench.core.metrics import psnr
     from kilobench.pbr.brdf import render
     from kilobench.pbr.data import load_data
-    from kilobench.pbr.train import load_trained
+    from kilobench.pbr.train import ask_teacher, load_networks, load_trained
     dir = find_student("pbr", STUDENTS, run).parents[1]
     if not (dir / "recipe.yaml").exists() or not (dir / "stages.json").exists(): raise UserError(f"{dir}: is a reference, not a run; make a run with `kilobench run pbr`")
     made = load_data(Run.load(dir))
@@ -237,3 +237,5 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     for file in sorted((dir / "export").glob("*.safetensors")):
         load_trained(file)
         print(f"network: {file.name} whole")
+    kept = ask_teacher(whole := Run.load(dir), made, load_networks(whole)["teacher"])      # sums are compared as it is opened
+    print(f"answers: {len(kept.shards)} whole in {kept.shards.dir}")
