@@ -238,7 +238,7 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     from kilobench.core.metrics import psnr
     from kilobench.pbr.brdf import render
     from kilobench.pbr.data import load_data
-    from kilobench.pbr.train import load_trained
+    from kilobench.pbr.train import ask_teacher, load_networks, load_trained
     dir = (owner := run_behind("pbr", find_student("pbr", STUDENTS, run))).dir
     made = load_data(owner)
     if made.packed is not None: made.packed.verify()
@@ -250,3 +250,5 @@ def check(run: Annotated[str, typer.Option(help="The run to check; default: the 
     for file in sorted((dir / "export").glob("*.safetensors")):
         load_trained(file)
         print(f"network: {file.name} whole")
+    kept = ask_teacher(owner, made, load_networks(owner)["teacher"])      # sums are compared as it is opened
+    print(f"answers: {len(kept.shards)} whole in {kept.shards.dir}")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDENTS', 'PICTURES', 'teacher_beside', 'drawn', 'predict', 'unknown_words', 'explore', 'data', 'export',
-           'save_lite', 'production_test', 'check', 'say_plan']
+           'save_lite', 'production_test', 'check', 'check_answers', 'say_plan']
 
 # %% ../../nbs/wan/05_commands.ipynb #6812dd9d
 import sys
@@ -201,13 +201,28 @@ def check(run: Annotated[str, typer.Option(help="Verify this run's students inst
             if read_header(file).config.get("network") != "small Wan": load_network(file)
             else: teacher_beside(file)
             print(f"network: {file.name} whole")
-        return
+        return check_answers(home) if (home / "stages.json").exists() else None
     with tempfile.TemporaryDirectory() as folder:
         found = production_test(Path(folder))
         picture = Path(folder) / "x.png"
         predict(prompt="a small red circle on a white background, moving left", out=picture, run=str(Path(folder) / "run"))
         if found["student"] >= found["zero"]: raise UserError(f"production test: the student's velocity is off by {found['student']:.3f}, answering zero by {found['zero']:.3f}; it has learned nothing")
         print(f"production test passed: {found['prompts']} prompts, velocity off by {found['student']:.3f} (answering zero: {found['zero']:.3f}), weights the same after reloading, a picture of {picture.stat().st_size} bytes")
+
+
+def check_answers(home: Path) -> None:
+    """Compare the films and the teacher's answers of a run with their sums."""
+    from kilobench.core.run import Run
+    from kilobench.core.shards import Shards
+    from kilobench.wan.data import load_data, prompts_of
+    from kilobench.wan.distillation import ask_teacher
+    from kilobench.wan.train import latent_shape, teacher_of
+    made = load_data(run := Run.load(home))
+    films = Shards.open(made.dir).verify()
+    teacher, _ = teacher_of(run, made)
+    side, channels = latent_shape(teacher, run.recipe.data.image_size)
+    kept = ask_teacher(run, teacher, prompts_of(run.recipe, made), (channels, side, side))      # sums are compared as it is opened
+    print(f"data: {len(films)} films and {len(kept)} answers whole in {made.dir.parent}")
 
 
 def say_plan(gpus: int) -> None:

@@ -206,7 +206,7 @@ def npy_of(data: bytes, r: random.Random) -> bytes:
     if how == 0: return bend(data, r)
     if how == 1: return npy_header(said.replace("|u1", r.choice(("|O", "<f8", ">f4", "<c16", "<U9999999", "|V3", "<M8[ns]", "|S0", "[('a', 'O')]", "x", "", "|u1, (3,)", "<i4"))), body, r.choice(((1, 0), (2, 0), (3, 0), (9, 9))))
     if how == 2:
-        shape = r.choice((f"({r.choice(HUGE)}, {r.choice(HUGE)})", "(-1,)", "()", "(3, 64)", "3", "(1.5,)", "('a',)", "(None,)", "(True,)", "(" * 2000 + ")" * 2000, "(2**62,)", "(10**100,)", "(3,64,64,1)", "(99999999999,)"))
+        shape = r.choice((f"({r.choice(HUGE)}, {r.choice(HUGE)})", f"({r.randint(1, 9)}, {r.randint(1, 99)}, {r.randint(-1, 99)})", "(-1,)", "()", "(3, 64)", "3", "(1.5,)", "('a',)", "(None,)", "(True,)", "(" * 2000 + ")" * 2000, "(2**62,)", "(10**100,)", "(3,64,64,1)", "(99999999999,)"))
         return npy_header(said[:said.index("(")] + shape + said[said.index(")") + 1:], body)
     if how == 3: return npy_header(r.choice(("__import__('os').system('touch MARK')", "{'descr': __import__('os').system('touch MARK'), 'fortran_order': False, 'shape': (1,)}", "{}", "[]", "{'descr': '|u1'}", "(" * 9000, "1 if 1 else 2", "\0",
                                              "{'descr': '|u1', 'fortran_order': 3, 'shape': (3, 64, 64), }", "{'descr': '|u1', 'fortran_order': False, 'shape': (3, 64, 64), 'x': 1}", "lambda: 0", "'" + "a" * 60000, said + said, "{" * 300 + "}" * 300)), body)

@@ -567,4 +567,4 @@ READERS = [
     *(Reader(p, f"{'load_network' if p == 'wan' else 'load_trained'}: file", "safetensors", "student.safetensors", small_student(p), load_any(p)) for p in PROJECTS[1:]),
 ]
 # Slow ones get fewer inputs than the others.
-SHARE = {"load_teacher: index": 0.1, "load_teacher: config": 0.1, "load_teacher: tokenizer": 0.1, "load_flat: config": 0.3, "load_flat: weights": 0.3, "load_wan: config": 0.1, "fit, resumed": 0.3, "fit, resumed: csv": 0.3, "check_teacher": 0.5}
+SHARE = {"curves, seconds_trained": 0.3, "load_teacher: index": 0.1, "load_teacher: config": 0.1, "load_teacher: tokenizer": 0.1, "load_flat: config": 0.3, "load_flat: weights": 0.3, "load_wan: config": 0.1, "fit, resumed": 0.3, "fit, resumed: csv": 0.3, "check_teacher": 0.5}
