@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TOY
 from pydantic import Field
 from safetensors.torch import save_file
 
@@ -264,6 +265,36 @@ with run.lock():
     p.wait()
     with run.lock(): pass  # the orphan still reads its pipe
     p.stdin.close()
+
+
+def test_the_child_of_a_killed_holder_keeps_the_next_one_waiting(start):
+    """A killed series leaves a kernel that writes for up to a second more: the lock is free, but who enters by it waits for that kernel."""
+    run = Run.open(Toy.make())
+    inside = "with Run.load(sys.argv[1]).lock():\n    print('inside', flush=True); sys.stdin.read()"
+    holder = start("import subprocess\nwith Run.load(sys.argv[1]).lock(): subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]])", run.dir, TOY + inside)
+    assert holder.stdout.readline() == "inside\n"
+    orphan = json.loads((run.dir / ".run.lock.child").read_text())["pid"]
+    holder.kill()
+    holder.wait()
+    with run.lock():
+        next_one = start(inside, run.dir)
+        assert f"waiting for process {orphan} on" in next_one.stdout.readline()
+        holder.stdin.close()      # the orphan's last breath
+        assert next_one.stdout.readline() == "inside\n"
+        next_one.stdin.close()
+        assert next_one.wait() == 0
+
+
+def test_threads_of_a_process_lend_one_token(tmp_path):
+    with folder_lock(tmp_path / "a" / "run.lock"):
+        token = os.environ["KILOBENCH_LOCK"]
+        with ThreadPoolExecutor(1) as pool:      # another run, in another thread, which ends first or last
+            other = folder_lock(tmp_path / "b" / "run.lock")
+            pool.submit(other.__enter__).result()
+            assert json.loads((tmp_path / "b" / "run.lock").read_text())["token"] == token
+    assert os.environ["KILOBENCH_LOCK"] == token
+    other.__exit__(None, None, None)
+    assert "KILOBENCH_LOCK" not in os.environ
 
 
 def test_a_process_may_enter_twice_and_so_may_its_children(start):

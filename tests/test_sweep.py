@@ -21,7 +21,7 @@ from kilobench.core.recipe import UserError
 from kilobench.core.run import Run, write_json
 from kilobench.core.scorecard import Report
 from kilobench.core.series import find_series
-from kilobench.core.sweep import (check_worker, grid_points, missing_stages, open_cluster, parse_grid, point_name, short_names, sweep, sweep_folder, thread_limits)
+from kilobench.core.sweep import (check_worker, conclude, grid_points, missing_stages, open_cluster, parse_grid, point_name, short_names, sweep, sweep_folder, thread_limits)
 
 
 # As tests/toy_project.py has it for its own checkout, with more kinds of fields: for sweeps in this process, and for the kernels of their notebooks.
@@ -142,7 +142,8 @@ def test_a_name_that_another_recipe_has_is_left_alone(outputs):
     Run.open(ToyRecipe.make("smoke", "steps=9"), outputs / "toy" / "smoke-seed1")
     first, second = grid_points("toy", "seed=1,2")
     assert re.fullmatch(r"smoke-seed1-[0-9a-f]{6}", first.folder.name) and second.folder.name == "smoke-seed2"
-    with pytest.raises(UserError, match="are the same run, smoke-l1_0.1; leave one out"): grid_points("toy", "loss={l1: 0.5},{l1: 0.7} loss.l1=0.1")
+    with pytest.raises(UserError, match="are the same run, smoke-l1_0.5; leave one out"): grid_points("toy", "loss.l1=0.1,0.2 loss={},{l1: 0.5}")
+    with pytest.raises(UserError, match="the same value twice"): grid_points("toy", "loss={l1: 0.5},{l1: 0.7} loss.l1=0.1")
 
 
 def test_the_sweeps_own_folder_says_what_is_shared_and_what_swept(outputs):
@@ -203,6 +204,9 @@ def test_a_point_that_fails_holds_up_no_other_and_a_killed_kernel_is_tried_again
         made = go("steps=7,9")
         assert [made.outcomes[f"smoke-steps{n}"].state for n in (7, 9)] == ["done", "done"] and not any("steps7: begins" in h for h in heard)
     assert json.loads((made.folder / "sweep.json").read_text())["points"][1]["state"] == "done"
+    assert conclude(made)[0][1].loc[0, "psnr"] == "34.20" and (made.folder / "comparison.csv").exists()
+    for p in made.points: (p.folder / "report.json").write_text('{"project": "toy", "preset": "smoke"}')
+    assert conclude(made) == [], "nothing is measured yet"
     assert [missing_stages(p, [stages[3]]) for p in made.points] == [[], []]
 
 

@@ -227,7 +227,7 @@ def run(project: Project, overrides: Overrides = None, preset: Preset = "smoke",
     except Stopped as e: raise typer.Exit(128 + e.signum) from None
     print(closing(made))
 
-# %% ../../nbs/core/13_cli.ipynb #812cc709
+# %% ../../nbs/core/13_cli.ipynb #dd9d6ac3
 @app.command()
 def sweep(project: Project, values: Values = None, preset: Preset = "smoke", name: Annotated[str, _opt("--name", help="Of the folder for the comparison, outputs/PROJECT/sweep-NAME/.")] = "",
           only: Stages = None, start: Start = "", jobs: Jobs = 1, scheduler: Scheduler = "", plan: Plan = False, metric: Metrics = None, device: Device = "", param: Params = None) -> None:
@@ -241,7 +241,7 @@ def sweep(project: Project, values: Values = None, preset: Preset = "smoke", nam
     for title, table in conclude(made, metric or ()):
         print(f"\n{title}")
         show_table(list(table.columns), table.values.tolist())
-    if jobs > 1 and not scheduler: print(f"latencies were measured beside up to {jobs - 1} other points; time a chosen one alone: kilobench run … --only evaluate")
+    if jobs > 1 and not scheduler: print("latencies were measured beside other points; time a chosen one alone: kilobench run … --only evaluate")
     print(f"points: {len(made.points) - len(made.failed)} of {len(made.points)} finished\nsweep: {made.folder}")
     if made.failed:
         first, outcome = next(iter(made.failed.items()))

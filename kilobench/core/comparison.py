@@ -70,7 +70,7 @@ def _words(text: str) -> list[str]:
     try: return split_words(text)
     except UserError: return [text]      # a folder's name may hold half a pair of quotes
 
-# %% ../../nbs/core/09a_comparison.ipynb #1fab8459
+# %% ../../nbs/core/09a_comparison.ipynb #8f6a4398
 def over_seeds(folders: Sequence[Path], settings: Sequence[str] = ()) -> pd.DataFrame:
     """`compare` with one line for each row of each setting: setting, row, role, runs, criteria; each number's mean, and under '<name> ±' its standard deviation.
 
@@ -94,10 +94,10 @@ def _mean(key: str, column: pd.Series) -> dict[str, Any]:
 
 
 def _passed(verdicts: Iterable[str]) -> str:
-    """'15 of 21', '13–15 of 21' over several runs; other verdicts as they are."""
-    said = [v.removesuffix(" criteria passed") for v in verdicts]
+    """'15 of 21', '13–15 of 21' over several runs, 'collapsed', 'data check failed', '' where nothing is asked."""
+    said = [v.removesuffix(" criteria passed").partition(":")[0].replace("no criteria stated yet", "") for v in verdicts]
     counts = [v.split(" of ") for v in said]
-    if any(len(c) != 2 or not c[0].isdigit() for c in counts): return "; ".join(dict.fromkeys(said))
+    if any(len(c) != 2 for c in counts): return "; ".join(filter(None, dict.fromkeys(said)))
     low, high = min(int(c[0]) for c in counts), max(int(c[0]) for c in counts)
     return f"{low}–{high} of {counts[0][1]}" if low < high else said[0]
 

@@ -35,18 +35,19 @@ def parse_grid(overrides: str | Sequence[str]) -> dict[str, list[Any]]:
         out[name] = [read_value(p, f"override {name}") for p in pieces]
     return out
 
-# %% ../../nbs/core/12a_sweep.ipynb #91b05225
+# %% ../../nbs/core/12a_sweep.ipynb #8d2851f3
 def _takes_list(cls: type[Recipe], name: str) -> bool:
     field = leaves(cls).get(name)
     return field is not None and any(get_origin(kind) in (list, tuple, set) for kind in (field.annotation, *get_args(field.annotation)))
 
 
 def check_grid(base: Recipe, grid: Mapping[str, Sequence[Any]]) -> None:
-    """Every value on its own against the recipe: unknown fields, wrong types, a list without brackets and a value given twice are UserErrors."""
+    """Every value against the recipe, with the first of the others: unknown fields, wrong types, a list without brackets and a value given twice are UserErrors."""
+    first = {name: values[0] for name, values in grid.items()}
     for name, values in grid.items():
         seen: list[Recipe] = []
         for value in values:
-            try: made = base.override({name: value})
+            try: made = base.override(first | {name: value})
             except UserError:
                 if len(values) == 1 or isinstance(value, list) or not _takes_list(type(base), name): raise
                 text = ",".join(map(str, values))
@@ -371,14 +372,18 @@ def _signals_to(inbox: "queue.SimpleQueue[Any]") -> Iterator[None]:
     finally:
         for s, handler in before.items(): signal.signal(s, handler)
 
-# %% ../../nbs/core/12a_sweep.ipynb #f38cd73e
+# %% ../../nbs/core/12a_sweep.ipynb #982055f5
 def conclude(made: Sweep, metrics: Sequence[str] = ()) -> "list[tuple[str, pd.DataFrame]]":
-    """The comparison of a sweep's finished points, seeds averaged: (what to say above it, table) for each protocol; also comparison.csv and sweep.json."""
+    """The comparison of a sweep's finished points, seeds averaged: (what to say above it, table) for each protocol; also comparison.csv and sweep.json.
+
+    `metrics` (default: `judged_by`). Empty where no point has a scorecard yet.
+    """
     import pandas as pd
-    from kilobench.core.comparison import judged_by, panel_table, panels, readable
-    done = [p.folder for p in made.points if (p.folder / "report.json").exists()]
-    if not done: return []
-    found = panels(done, metrics or judged_by(next(iter(readable(done).values()))), made.settings())
+    from kilobench.core.comparison import finished_runs, judged_by, panel_table, panels, readable
+    done = set(finished_runs(made.points[0].recipe.project))
+    cards = readable(p.folder for p in made.points if p.folder in done)
+    if not cards: return []
+    found = panels(cards, metrics or judged_by(next(iter(cards.values()))), made.settings())
     tables = [(f"{p.title}: differs in {p.unlike}" if p.unlike else p.title, panel_table(p, roles=("student",))) for p in found]
     whole = pd.concat([p.frame.assign(protocol=i) for i, p in enumerate(found, 1)])
     atomic_write(made.folder / "comparison.csv", whole.to_csv(index=False))
