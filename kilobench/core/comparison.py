@@ -105,7 +105,7 @@ def _passed(verdicts: Iterable[str]) -> str:
 def judged_by(report: Report, most: int = 5) -> list[str]:
     """Metrics of a card in order of weight: that of the first collapse test, then those that criteria ask of the first student."""
     student = next((r for r in report.rows if r.role == "student"), report.rows[0])
-    asked = [c.metric.split("/", 1) for c in report.criteria]
+    asked = [c.metric.partition("/")[::2] for c in report.criteria]
     tests = [t.metric for t in report.data.collapse[:1]]
     found = [m for m in [*tests, *(m for row, m in asked if row == student.name), *student.metrics] if finite(student.metrics.get(m)) is not None]
     return list(dict.fromkeys(found[:1] if not asked and not tests else found))[:most]
