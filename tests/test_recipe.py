@@ -229,6 +229,11 @@ def test_a_cut_file_is_not_filled_with_defaults(tmp_path):
     assert "'other' is not one of" in line(lambda: Recipe.from_yaml(file))
 
 
+def test_a_preset_of_another_type_names_the_file(tmp_path):
+    (tmp_path / "r.yaml").write_text("preset: [a]\n")
+    with pytest.raises(UserError, match="r.yaml: preset of renderer"): load_recipe_class("renderer").make("smoke", file=tmp_path / "r.yaml")
+
+
 def test_a_hand_written_file_may_be_partial_and_name_its_preset(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("preset: cpu\ntrain:\n  lr: 1e-4\n")

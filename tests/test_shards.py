@@ -326,6 +326,8 @@ def test_an_index_cut_anywhere_is_noticed(tmp_path):
         {"shard_size": 10**6},
         {"fields": {}},
         {"more": 1},
+        {"meta": {"\ud800": 1}},
+        {"a" * 5000: 1},
         {"shards": {"../../evil.safetensors": {"bytes": 1, "sha256": "0" * 64}}},
         {"fields": {"image": {"shape": [3], "dtype": "object", "store": "keep"}}},
         {"shards": {"shard-00000.safetensors": {"bytes": -1, "sha256": "0" * 64}}},

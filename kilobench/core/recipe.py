@@ -28,7 +28,7 @@ if TYPE_CHECKING: import torch  # for annotations; nothing is imported when the 
 # %% ../../nbs/core/00_recipe.ipynb #4ec69dd5
 class UserError(Exception):
     "A mistake in what the user gave, told in one line: what, where (file, field, row), what was expected, what to do."
-    def __init__(self, line: str): super().__init__(re.sub(r"\s*[\r\n]+\s*", " ", str(line)).strip())
+    def __init__(self, line: str): super().__init__(re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", str(line)).strip())
 
 # %% ../../nbs/core/00_recipe.ipynb #ff016c2c
 def _similar(word: str, name: str) -> float:
@@ -317,7 +317,7 @@ class Recipe(Written):
         "The preset's values, over them those of a YAML `file` (which may name its own preset), over them the overrides."
         loaded = _own(cls, read_yaml(file), file) if file else {}
         preset = loaded.pop("preset", preset)
-        if preset not in cls.presets: raise UserError(f"preset of {cls.project}: {nearest(preset, cls.presets)}")
+        if not isinstance(preset, str) or preset not in cls.presets: raise UserError(f"{f'{file}: ' if file else ''}preset of {cls.project}: {nearest(str(preset)[:60], cls.presets)}")
         recipe = cls()
         for layer, where in [(cls.presets[preset] | {"preset": preset}, f"preset {preset}: "), (loaded, f"{file}: ")]:
             recipe = build(cls, recipe.flat() | flatten(layer, cls, where), where)

@@ -307,7 +307,7 @@ class StageBook(Part):
         try: return cls.model_validate(cls.model_validate_json(json.dumps(read_json(path, 1 << 20))))
         except ValidationError as e:
             where, why = ".".join(map(str, e.errors()[0]["loc"])) or "its top", e.errors()[0]["msg"]
-            raise UserError(f"{path}: damaged at {where} ({why}); move it away to start the stages again") from None
+            raise UserError(f"{path}: damaged at {where[:80]} ({why[:200]}); move it away to start the stages again") from None
 
 # %% ../../nbs/core/01_run.ipynb #fffe2755
 class RunFolder:

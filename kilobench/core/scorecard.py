@@ -106,7 +106,7 @@ def parse(kind: type[BaseModel], path: str | Path) -> Any:
     except ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(f"{path}: {field}: {first['msg']}; damaged or of another version, make it again") from e
+        raise UserError(f"{path}: {field[:80]}: {first['msg'][:200]}; damaged or of another version, make it again") from e
 
 # %% ../../nbs/core/08_scorecard.ipynb #a0df8d90
 BAD = set("lpips loss mse rmse mae l1 l2 fd mmd memorised leakage seam error errors gap nll ece checkerboard latency ms null undo order below "

@@ -86,7 +86,8 @@ def _read_index(dir: Path) -> ShardIndex:
     try: index = ShardIndex.model_validate_json(pydantic_core.to_json(read_json(file, 256 << 20), inf_nan_mode="constants"))
     except ValidationError as e:
         where, why = ".".join(map(str, e.errors()[0]["loc"])) or "its top", e.errors()[0]["msg"]
-        raise UserError(f"{file}: damaged at {where} ({why}); {remedy}") from None
+        raise UserError(f"{file}: damaged at {where[:80]} ({why[:200]}); {remedy}") from None
+    except ValueError: raise UserError(f"{file}: damaged, it holds half a character; {remedy}") from None
     if index.n > 100_000 * index.shard_size or not index.shards.keys() <= set(index.names()) or bool(index.fields) != bool(index.shards):
         raise UserError(f"{file}: damaged, its shards are not those of {index.n} rows in {index.shard_size}s; {remedy}")
     return index
