@@ -19,7 +19,7 @@ from project_runs import SERIES, smoke_run
 pytestmark = pytest.mark.skipif(not chromium_path(), reason="no chromium on the PATH")
 ROOT = Path(__file__).resolve().parents[1]
 SHOTS = outputs_dir() / "browser"
-MOVES = {"renderer": ["colour", "count"], "kilonerf": ["azimuth", "distance"], "design": ["goal", "tone"], "pbr": ["turn", "material"], "wan": ["colour", "seed", "evaluations"]}
+MOVES = {"renderer": ["colour", "count"], "kilonerf": ["azimuth", "distance"], "design": ["goal", "seed"], "pbr": ["turn", "material"], "wan": ["colour", "seed", "evaluations"]}
 TIMES = {}
 
 

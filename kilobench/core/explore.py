@@ -186,7 +186,7 @@ class Screen:
     def __init__(self, clicked: Callable[[str, float, float], None] | None = None):
         self.clicked, self.events = clicked, []
         self.message, self.lines = widgets.HTML(), widgets.HTML()
-        self.pictures = widgets.HBox(layout={"flex_flow": "row wrap", "grid_gap": "6px 8px"})
+        self.pictures = widgets.HBox(layout={"flex_flow": "row wrap", "grid_gap": "6px"})
         self.plot = widgets.VBox()
         self.box = widgets.VBox([self.message, self.pictures, self.plot, self.lines, widgets.HTML(PALE)], layout={"flex": "1 1 320px"})
         self.slots: dict[str, widgets.Image] = {}
@@ -195,7 +195,7 @@ class Screen:
         """Put a result on the screen, reusing the widgets that are there."""
         images = list(self.slots.values())
         if len(images) != len(shown.png):
-            images = [widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain"}) for _ in shown.png]
+            images = [widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain", "border": "1px solid #dfe3e8"}) for _ in shown.png]
             self.pictures.children = [widgets.VBox([widgets.HTML(), image]) for image in images]
             if self.clicked: self.events = [self._watch(k, image) for k, image in enumerate(images)]
         self.slots = dict(zip(shown.png, images))
