@@ -569,7 +569,7 @@ def test_predict_writes_what_it_read(run, tmp_path, capsys):
         said = json.loads((tmp_path / student / "reading.json").read_text())
         assert {p.stem for p in (tmp_path / student).glob("*.png")} == {"picture", "text", "image", "colour", "hierarchy"}
         assert set(said["scores"]) == set(said["scores_by_rule"]) == set(SCORES) and set(said["goal"]) == set(GOALS) and sum(said["goal"].values()) == pytest.approx(1, abs=1e-2)
-    assert "student:" in capsys.readouterr().out
+    assert "student:" in capsys.readouterr().err
 
 
 def test_what_is_read_off_an_exact_structure_are_its_elements():
@@ -594,7 +594,7 @@ def test_predict_draws_designs_for_a_brief(run, tmp_path, capsys):
     assert [(d["asked"]["goal"], d["asked"]["tone"]) for d in said["designs"]] == [("sale", 0.8)] * 3 and set(said["designs"][0]["read"]) == {"scores", "goal", "format", "tone", "elements", "scores_by_rule"}
     assert (tmp_path / "a" / "sheet.png").read_bytes() == (tmp_path / "b" / "sheet.png").read_bytes()
     first, second = (Image.open(tmp_path / "a" / f"design-00{k}.png").tobytes() for k in (0, 1))
-    assert first != second and "2 steps" in capsys.readouterr().out
+    assert first != second and "2 steps" in capsys.readouterr().err
     goals, formats, tones = commands.full_brief("", "story", None, 40, 1)
     assert len(set(goals)) > 5 and set(formats) == {"story"} and len(set(tones)) > 30 and commands.full_brief("", "story", None, 3, 1)[0] == goals[:3]
 
@@ -618,7 +618,7 @@ def test_export_to_onnx_agrees(run, tmp_path, capsys):
 
 def test_own_designs_are_trained_on(tmp_path, outputs, capsys):
     commands.data(tmp_path / "own", n=60, seed=9)
-    commands.data(look=str(tmp_path / "own"))
+    commands.data(look=tmp_path / "own")
     assert "60 designs are whole" in capsys.readouterr().out
     made = data(open_run("design", "smoke", "", f"data.folder={tmp_path / 'own'} data.val=0.2 data.test=0.3"))
     assert made.own and len(made) == 60 and Split(made).fetch([0])["image"].shape == (1, 3, 64, 64)

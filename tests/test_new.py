@@ -92,5 +92,5 @@ def test_it_passes_the_projects_tests_and_its_series_runs(checkout, tmp_path):
     assert {"teacher", "student", "baseline"} <= rows.keys() and roles.count("control") == 4
     controls = max(r["metrics"]["psnr/iid"] for r in rows.values() if r["role"] == "control" and "pixel" not in r["name"])
     assert rows["student"]["metrics"]["psnr/iid"] > controls + 3 and rows["student"]["cost"]["speedup_b1"] > 0
-    assert all(c["passed"] for c in report["data"]["checks"]) and report["data"]["ceilings"]["psnr_photo"]["value"] == pytest.approx(rows["teacher"]["metrics"]["psnr_photo"])
+    assert all(c["passed"] for c in report["data"]["checks"]) and report["data"]["ceilings"]["psnr_photo"]["value"] > max(r["metrics"]["psnr_photo"] for r in rows.values())
     assert report["counterfactual"]["student"]["overall"]["edits"] == 40 and report["counterfactual"]["student"]["turn"]["null_edits"] == 8

@@ -445,7 +445,7 @@ def test_the_production_test_passes(outputs, capsys):
 def test_films_and_prompts_are_written(tmp_path, capsys):
     commands.data(out=tmp_path / "f", n=3)
     assert Image.open(tmp_path / "f" / "000000.png").size == (288, 32) and len((tmp_path / "f" / "captions.txt").read_text().splitlines()) == 3
-    commands.data(look=str(tmp_path / "f" / "prompts.txt"))
+    commands.data(look=tmp_path / "f" / "prompts.txt")
     assert "56 different prompts" in capsys.readouterr().out
     with pytest.raises(UserError, match="not empty"): commands.data(out=tmp_path / "f")
 

@@ -39,8 +39,8 @@ def checkout() -> Path:
     if project_root() == root: return root
     raise UserError(f"new: writes into a checkout, and this kilobench is an installed package ({root}); clone the repository, `make install`, and use its .venv/bin/kilobench")
 
-# %% ../../nbs/core/13a_new.ipynb #35e7b18f
-EXPORT = "import sys; from nbdev.doclinks import nbdev_export; nbdev_export(path=sys.argv[1])"
+# %% ../../nbs/core/13a_new.ipynb #bad80cc4
+EXPORT = "import sys; from nbdev.doclinks import nbdev_export as export; export(path=sys.argv[1])"   # nbdev_test leaves out a cell that calls it by name
 
 def _export(notebooks: Path, root: Path) -> None:
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}   # under nbdev_test it would export nothing
