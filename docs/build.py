@@ -160,6 +160,18 @@ def toctree(chapter: str) -> str:
     return "\n".join(["```{toctree}", ":maxdepth: 1", "", *lines, "```"])
 
 
+PLAIN = """# {{ project }}
+
+## The notebooks
+
+{{ toctree(project) }}
+
+## The recipe
+
+{{ recipe_table(project) }}
+"""
+
+
 def write_pages() -> None:
     """docs/pages through Jinja: prose by hand, every figure from a committed report."""
     env = jinja2.Environment(loader=jinja2.FileSystemLoader(ROOT / "docs" / "pages"), undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -167,6 +179,8 @@ def write_pages() -> None:
     for f in sorted((ROOT / "docs" / "pages").rglob("*.md")):
         name = f.relative_to(ROOT / "docs" / "pages").as_posix()
         atomic_write(SOURCE / name, env.get_template(name).render() + "\n")
+    for project in find_projects():      # one that nobody has written a page for has its notebooks and its recipe
+        if not (SOURCE / project / "index.md").exists(): atomic_write(SOURCE / project / "index.md", env.from_string(PLAIN).render(project=project) + "\n")
 
 
 def assemble() -> None:

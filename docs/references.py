@@ -74,10 +74,10 @@ def board(project: str, rows: list[str], metrics: list[str], up: str = "") -> st
 
 def recipe_table(project: str) -> str:
     """Every field of a recipe: its value in each preset, and what it means."""
-    made = {p: {name: (value, about) for name, value, _, about in load_recipe_class(project).make(p, {}).table()} for p in ("smoke", "cpu", "full")}
+    made = {p: {name: (value, about) for name, value, _, about in load_recipe_class(project).make(p, {}).table()} for p in load_recipe_class(project).presets}
     cell = lambda v: html.escape(str(v))
-    lines = [f"<tr><th><code>{cell(name)}</code></th>{''.join(f'<td>{cell(made[p][name][0])}</td>' for p in made)}<td>{cell(about)}</td></tr>" for name, (_, about) in made["cpu"].items()]
-    return '<div class="kb-recipe"><table><thead><tr><th>field</th><th>smoke</th><th>cpu</th><th>full</th><th>meaning, unit</th></tr></thead><tbody>' + "".join(lines) + "</tbody></table></div>"
+    lines = [f"<tr><th><code>{cell(name)}</code></th>{''.join(f'<td>{cell(made[p][name][0])}</td>' for p in made)}<td>{cell(about)}</td></tr>" for name, (_, about) in next(iter(made.values())).items()]
+    return '<div class="kb-recipe"><table><thead><tr><th>field</th>' + "".join(f"<th>{cell(p)}</th>" for p in made) + '<th>meaning, unit</th></tr></thead><tbody>' + "".join(lines) + "</tbody></table></div>"
 
 
 FILLERS = {"picture": picture, "tiles": tiles, "board": board, "verdict": verdict, "recipe_table": recipe_table}
