@@ -8,7 +8,7 @@ __all__ = ['PATIENCE', 'parse_grid', 'check_grid', 'short_names', 'point_name', 
            'Sweep', 'sweep_folder', 'sweep', 'conclude']
 
 # %% ../../nbs/core/12a_sweep.ipynb #b582aa20
-import contextlib, itertools, logging, os, queue, re, signal, socket, tempfile, threading, time, uuid
+import contextlib, contextvars, itertools, logging, os, queue, re, signal, socket, tempfile, threading, time, uuid
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TYPE_CHECKING, get_args, get_origin
 
@@ -168,7 +168,7 @@ def run_point(sweep: str, folder: str, home: tuple[str, str, str], slots: Mappin
         check_worker(*home)
         with _patient_lock(path, halt, say):
             say(f"begins (process {os.getpid()} on {socket.gethostname()})")
-            run_series(**job, name=path.name, say=say, env=env, halt=halt)
+            contextvars.Context().run(lambda: run_series(**job, name=path.name, say=say, env=env, halt=halt))      # Dask carries the submitter's context along, and in it, perhaps, an event loop that runs elsewhere
         return Outcome("done", seconds=time.perf_counter() - begun)
     except Stopped: return Outcome("stopped", seconds=time.perf_counter() - begun)
     except KernelDied: raise
