@@ -207,7 +207,7 @@ def edit_sheet(condition: Asked, edits: Callable[[Asked], list[Edit]], teacher: 
     return montage({name: list(r.values()) for name, r in rows.items()}, titles=list(next(iter(rows.values()))), size=1.3)
 
 # %% ../../nbs/kilonerf/04_counterfactual.ipynb #b00a289c
-def explorer(made: SceneData | None, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 192) -> Explorer:
+def explorer(made: SceneData | None, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 160) -> Explorer:
     """Orbit sliders and an edit; teacher, student, difference, depth and seams follow. Without a scene there is no teacher; without students, `needs` says what to do."""
     teacher = ask_teacher(made) if made else None
 
