@@ -128,7 +128,7 @@ Metrics = Annotated[list[str] | None, _opt("--metric", help="a quality to compar
 Metric = Annotated[str, _opt("--metric", help="the quality to compare by, such as psnr/iid (default: what each card is judged by)")]
 Png = Annotated[Path | None, _opt("--plot", metavar="FILE.png", help="draw quality against latency")]
 
-# %% ../../nbs/core/13_cli.ipynb #f4833cde
+# %% ../../nbs/core/13_cli.ipynb #63e54fcb
 def resolve_run(word: str) -> Run:
     """The run that a word on the command line means; unknown: UserError with the nearest."""
     if word in (runs := find_runs()): return Run.load(outputs_dir() / word)
@@ -136,7 +136,7 @@ def resolve_run(word: str) -> Run:
     mine = [outputs_dir() / r for r in find_runs(word)] if re.fullmatch(r"\w+", word) else []
     if mine: return Run.load(max(mine, key=lambda p: max(f.stat().st_mtime for f in p.glob("*.*"))))
     if not runs: raise UserError(f"run {word!r}: there is no run under {outputs_dir()} yet; start one with `kilobench run PROJECT`")
-    raise UserError(f"run: {nearest(word, runs)}")
+    raise UserError(f"run: {nearest(word, [*runs, *(r.partition('/')[0] for r in runs)])}")
 
 # %% ../../nbs/core/13_cli.ipynb #6a3c7aeb
 def show_table(columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
@@ -343,7 +343,7 @@ def _sides(run: str, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             if not isinstance(v, str) and math.isfinite(v): best[k] = (max if better(k) == "higher" else min)(v, best.get(k, v))
     return [*out, {"name": f"{run}: best control", "role": "control", "metrics": best, "cost": {}}] if best else out
 
-# %% ../../nbs/core/13_cli.ipynb #d8542d7b
+# %% ../../nbs/core/13_cli.ipynb #f7faf756
 def chosen_runs(words: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
     """(runs that are named, all that are meant): RUNs, all finished ones of a PROJECT, or all there are. Named ones with unlike protocols are a UserError."""
     from kilobench.core.scorecard import Report, refuse_unlike
@@ -368,8 +368,9 @@ def compare(runs: Annotated[list[str] | None, _arg(metavar="RUN", help="two or m
     """Put runs side by side, some or all; never those that were measured differently."""
     named, folders = chosen_runs(runs or ())
     from kilobench.core.comparison import panels, picture
-    found = panels(folders, [metric] if metric else ())
-    if named == folders and not metric: _side_by_side(named)
+    detail = named == folders and not metric
+    found = panels(folders, [metric] if metric else ()) if plot or not detail else []
+    if detail: _side_by_side(named)
     else: _show_panels(found)
     if plot:
         from kilobench.core.show import save_figure
