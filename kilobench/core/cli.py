@@ -129,7 +129,7 @@ Metrics = Annotated[list[str] | None, _opt("--metric", help="A quality to compar
 Metric = Annotated[str, _opt("--metric", help="The quality to compare by, such as psnr/iid; default: what each card is judged by.")]
 Png = Annotated[Path | None, _opt("--plot", metavar="FILE.png", help="Draw quality against latency.")]
 
-# %% ../../nbs/core/13_cli.ipynb #f4833cde
+# %% ../../nbs/core/13_cli.ipynb #63e54fcb
 def resolve_run(word: str) -> Run:
     """The run that a word on the command line means; unknown: UserError with the nearest."""
     if word in (runs := find_runs()): return Run.load(outputs_dir() / word)
@@ -351,7 +351,7 @@ def _sides(run: str, table: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             if not isinstance(v, str) and math.isfinite(v): best[k] = (max if better(k) == "higher" else min)(v, best.get(k, v))
     return [*out, {"name": f"{run}: best control", "role": "control", "metrics": best, "cost": {}}] if best else out
 
-# %% ../../nbs/core/13_cli.ipynb #d8542d7b
+# %% ../../nbs/core/13_cli.ipynb #f7faf756
 def chosen_runs(words: Sequence[str] = ()) -> tuple[list[Path], list[Path]]:
     """(runs that are named, all that are meant): RUNs, all finished ones of a PROJECT, or all there are. Named ones with unlike protocols are a UserError."""
     from kilobench.core.scorecard import Report, refuse_unlike
@@ -376,8 +376,9 @@ def compare(runs: Annotated[list[str] | None, _arg(metavar="RUN", help="Two or m
     """Put runs side by side, some or all; never those that were measured differently."""
     named, folders = chosen_runs(runs or ())
     from kilobench.core.comparison import panels, picture
-    found = panels(folders, [metric] if metric else ())
-    if named == folders and not metric: _side_by_side(named)
+    detail = named == folders and not metric
+    found = panels(folders, [metric] if metric else ()) if plot or not detail else []
+    if detail: _side_by_side(named)
     else: _show_panels(found)
     if plot:
         from kilobench.core.show import save_figure

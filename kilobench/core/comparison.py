@@ -101,13 +101,13 @@ def _passed(verdicts: Iterable[str]) -> str:
     low, high = min(int(c[0]) for c in counts), max(int(c[0]) for c in counts)
     return f"{low}–{high} of {counts[0][1]}" if low < high else said[0]
 
-# %% ../../nbs/core/09a_comparison.ipynb #ca5c36a5
+# %% ../../nbs/core/09a_comparison.ipynb #6b66391b
 def judged_by(report: Report, most: int = 5) -> list[str]:
     """Metrics of a card in order of weight: that of the first collapse test, then those that criteria ask of the first student."""
     student = next((r for r in report.rows if r.role == "student"), report.rows[0])
-    asked = [c.metric.partition("/")[::2] for c in report.criteria]
+    asked = [c.metric.partition("/") for c in report.criteria]
     tests = [t.metric for t in report.data.collapse[:1]]
-    found = [m for m in [*tests, *(m for row, m in asked if row == student.name), *student.metrics] if finite(student.metrics.get(m)) is not None]
+    found = [m for m in [*tests, *(m for row, _, m in asked if row == student.name), *student.metrics] if finite(student.metrics.get(m)) is not None]
     return list(dict.fromkeys(found[:1] if not asked and not tests else found))[:most]
 
 

@@ -209,10 +209,10 @@ class Stopped(Exception):
     """The series was asked to stop, by the signal `signum`; what was reached is kept."""
     def __init__(self, signum: int): super().__init__(f"stopped by signal {signum}"); self.signum = signum
 
-def _died(manager: Any, log: Any) -> str:
+def _died(manager: Any, log: Any, error: Exception) -> str:
     process = getattr(manager.provisioner, "process", None)
     code = process.poll() if process else None
-    how = "?" if code is None else f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
+    how = str(error).partition("\n")[0][:200] if code is None else f"exit code {code}" if code >= 0 else f"killed by signal {-code}"
     if code == -signal.SIGKILL: how += ", often for want of memory"
     log.seek(0)
     lines = [line.strip() for line in log.read().decode(errors="replace").splitlines()]
@@ -231,7 +231,7 @@ def _told(error: Exception, notebook: Path, partial: Path, manager: Any, log: An
         first = next((line for line in error.source.splitlines() if line.strip() and not line.startswith("#")), "")
         what = (error.evalue or "").strip().partition("\n")[0][:300]
         return StageFailed(f"{notebook.stem}, cell In [{error.exec_count}] ({first.strip()[:60]}): {error.ename}: {what}{copy}")
-    if isinstance(error, DeadKernelError | RuntimeError): return KernelDied(f"{notebook.stem}: {_died(manager, log)}{copy}")
+    if isinstance(error, DeadKernelError | RuntimeError): return KernelDied(f"{notebook.stem}: {_died(manager, log, error)}{copy}")
     if isinstance(error, OSError) and not isinstance(error, BrokenPipeError):
         return UserError(f"{partial}: {error.strerror or error}; what is done is kept, the same command goes on from here")
     return error

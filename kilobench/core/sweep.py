@@ -7,7 +7,7 @@ __all__ = ['PATIENCE', 'parse_grid', 'check_grid', 'short_names', 'point_name', 
            'Outcome', 'stop_points', 'thread_limits', 'check_worker', 'run_point', 'dask_setup', 'open_cluster',
            'Sweep', 'sweep_folder', 'sweep', 'conclude']
 
-# %% ../../nbs/core/12a_sweep.ipynb #b582aa20
+# %% ../../nbs/core/12a_sweep.ipynb #4bbd7e64
 import contextlib, contextvars, itertools, logging, os, queue, re, signal, socket, tempfile, threading, time, uuid
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence, TYPE_CHECKING, get_args, get_origin
@@ -143,7 +143,7 @@ def thread_limits(slots: int, limit: int = 0) -> dict[str, str]:
     share = str(max(1, min(cores // max(1, slots), limit or cores)))
     return dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"), share)
 
-# %% ../../nbs/core/12a_sweep.ipynb #d8d90118
+# %% ../../nbs/core/12a_sweep.ipynb #f2eb92ee
 def check_worker(outputs: str, probe: str, version: str) -> None:
     """In a worker: UserError where it is another kilobench, would write elsewhere than the sweep, or does not see the sweep's folder."""
     host = f"the worker on {socket.gethostname()}"
@@ -168,7 +168,7 @@ def run_point(sweep: str, folder: str, home: tuple[str, str, str], slots: Mappin
         check_worker(*home)
         with _patient_lock(path, halt, say):
             say(f"begins (process {os.getpid()} on {socket.gethostname()})")
-            contextvars.Context().run(lambda: run_series(**job, name=path.name, say=say, env=env, halt=halt))      # Dask carries the submitter's context along, and in it, perhaps, an event loop that runs elsewhere
+            contextvars.Context().run(run_series, **job, name=path.name, say=say, env=env, halt=halt)      # Dask hands its own to each thread, an event loop in it
         return Outcome("done", seconds=time.perf_counter() - begun)
     except Stopped: return Outcome("stopped", seconds=time.perf_counter() - begun)
     except KernelDied: raise
