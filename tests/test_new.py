@@ -80,11 +80,11 @@ def test_it_is_clean_in_sync_and_passes_ruff(checkout):
     assert ruff.returncode == 0, ruff.stdout
 
 
-def test_it_passes_the_projects_tests_and_its_series_runs(checkout, tmp_path):
+def test_it_passes_the_projects_tests_and_its_series_runs(checkout):
     """The tests that go over all notebooks, library files and projects, run in that checkout: they find `sixth` by themselves."""
-    done = module(checkout, "pytest", "tests/test_notebooks.py", "tests/test_projects.py", "-k", "sixth or by_themselves", "--basetemp", str(tmp_path / "there"), "-vv")
+    done = module(checkout, "pytest", "tests/test_notebooks.py", "tests/test_projects.py", "-k", "sixth or by_themselves", "-vv")
     assert done.returncode == 0 and "test_series_runs[sixth] PASSED" in done.stdout and done.stdout.count("nbs/sixth/") >= 6, done.stdout[-3000:]
-    (file,) = (tmp_path / "there").rglob("sixth/smoke/report.json")
+    (file,) = (checkout / "outputs").rglob("sixth/smoke/report.json")
     report = json.loads(file.read_text())
     rows = {r["name"]: r for r in report["rows"]}
     roles = [r["role"] for r in report["rows"]]

@@ -8,9 +8,9 @@ ALONE = [p for p in nc.projects() if not (nc.ROOT / "tests" / f"test_{p}.py").ex
 
 if ALONE:
     @pytest.mark.parametrize("project", ALONE)
-    def test_series_runs(project, tmp_path, monkeypatch):
+    def test_series_runs(project, monkeypatch):
         """A project's own test file begins with this line, and goes on to what is particular to it."""
-        assert_series_runs(project, tmp_path, monkeypatch)
+        assert_series_runs(project, monkeypatch)
 
 
 def test_projects_are_found_by_themselves():
