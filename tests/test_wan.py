@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -235,12 +234,21 @@ def test_a_missing_shard_and_a_hostile_index_are_one_line(layouts, tmp_path):
 
 @pytest.mark.parametrize(("file", "said", "expected"), [
     ("transformer/config.json", {"num_layers": 10**9}, "num_layers.* at most 1,000"), ("transformer/config.json", {"ffn_dim": 10**12}, "ffn_dim"), ("transformer/config.json", None, "no config"),
-    ("model_index.json", {"boundary_ratio": "half"}, "boundary_ratio"), ("model_index.json", {"transformer_2": 3}, ""), ("model_index.json", {"transformer_2": {}}, "")])
+    ("model_index.json", {"boundary_ratio": "half"}, "boundary_ratio")])
 def test_configs_that_would_build_without_end_are_one_line(layouts, tmp_path, file, said, expected):
     shutil.copytree(layouts / "whole", tmp_path / "w")
     found = json.loads((tmp_path / "w" / file).read_text())
     (tmp_path / "w" / file).write_text(json.dumps([] if said is None else found | said))
-    with pytest.raises(UserError, match=expected) if expected else nullcontext(): load_teacher(WanRecipe.make("smoke").teacher.model_copy(update={"path": str(tmp_path / "w")})) if expected else check_layout(tmp_path / "w")
+    with pytest.raises(UserError, match=expected): load_teacher(WanRecipe.make("smoke").teacher.model_copy(update={"path": str(tmp_path / "w")}))
+
+
+@pytest.mark.parametrize("second", [3, {}, None, [None, None]])
+def test_a_second_expert_that_is_none_is_not_looked_for(layouts, tmp_path, second):
+    shutil.copytree(layouts / "whole", tmp_path / "w")
+    shutil.rmtree(tmp_path / "w" / "transformer_2", ignore_errors=True)
+    found = json.loads((tmp_path / "w" / "model_index.json").read_text())
+    (tmp_path / "w" / "model_index.json").write_text(json.dumps(found | {"transformer_2": second}))
+    assert check_layout(tmp_path / "w")["transformer_2"] == second
 
 
 def test_an_index_that_is_no_index_is_one_line(layouts, tmp_path):
