@@ -14,7 +14,7 @@ __all__ = ['HELP', 'app', 'Project', 'Overrides', 'Preset', 'Name', 'Device', 'O
 import ast, functools, importlib, importlib.metadata, math, os, re, shlex, shutil, sys, traceback
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence
+from typing import Annotated, Any, Callable, Iterable, Mapping, NoReturn, Sequence, cast
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -410,7 +410,7 @@ def load_command(project: str, verb: str) -> TyperCommand:
     """The project's function as a command; this imports the project."""
     own = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings=HELP)
     own.command(project)(getattr(importlib.import_module(f"kilobench.{project}.commands"), verb))
-    return typer.main.get_command(own)
+    return cast(TyperCommand, typer.main.get_command(own))
 
 # %% ../../nbs/core/13_cli.ipynb #fa2604a0
 class Verb(TyperGroup):
@@ -421,7 +421,7 @@ class Verb(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> TyperCommand | None:
         """A stand-in with name and help."""
-        return TyperCommand(cmd_name, help=functions_of(cmd_name)[self.name]) if cmd_name in self.list_commands(ctx) else None
+        return TyperCommand(cmd_name, help=functions_of(cmd_name)[str(self.name)]) if cmd_name in self.list_commands(ctx) else None
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Without a project, say which there are."""
@@ -430,7 +430,7 @@ class Verb(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple:
         """The real command, imported now."""
-        if args[0] in self.list_commands(ctx): return args[0], load_command(args[0], self.name), args[1:]
+        if args[0] in self.list_commands(ctx): return args[0], load_command(args[0], str(self.name)), args[1:]
         if ctx.resilient_parsing: return None, None, args[1:]
         if args[0] not in find_projects(): raise UserError(f"project: {nearest(args[0], find_projects())}")
         raise UserError(f"{args[0]} has no {self.name}; it has {', '.join(_verbs_of(args[0])) or 'no commands of its own'}")

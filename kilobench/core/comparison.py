@@ -88,8 +88,8 @@ def over_seeds(folders: Sequence[Path], settings: Sequence[str] = ()) -> pd.Data
 
 def _mean(key: str, column: pd.Series) -> dict[str, Any]:
     """Mean and spread of a column, a word that all agree on, or nothing."""
-    values = [finite(v) for v in column]
-    if None not in values: return {key: statistics.fmean(values)} | ({f"{key} ±": statistics.stdev(values)} if len(values) > 1 else {})
+    values = [v for x in column if (v := finite(x)) is not None]
+    if len(values) == len(column): return {key: statistics.fmean(values)} | ({f"{key} ±": statistics.stdev(values)} if len(values) > 1 else {})
     return {key: column.iloc[0]} if isinstance(column.iloc[0], str) and column.nunique(dropna=False) == 1 else {}
 
 

@@ -119,7 +119,8 @@ class Newest:
         self.dropped = 0                                     # outcomes that came too late to be shown
         self._state, self._turn = threading.Condition(), threading.Lock()
         self._waiting: list[Any] = []                        # empty or the one newest request
-        self._ticket, self._thread = 0, None
+        self._ticket = 0
+        self._thread: threading.Thread | None = None
 
     def ask(self, request: Any) -> None:
         """Ask for a render and return at once; replaces a request that still waits."""
@@ -197,7 +198,7 @@ class Screen:
         if len(images) != len(shown.png):
             images = [widgets.Image(format="png", layout={"max_width": "100%", "object_fit": "contain", "border": "1px solid #dfe3e8"}) for _ in shown.png]
             self.pictures.children = [widgets.VBox([widgets.HTML(), image]) for image in images]
-            if self.clicked: self.events = [self._watch(k, image) for k, image in enumerate(images)]
+            if self.clicked: self.events = [self._watch(k, image, self.clicked) for k, image in enumerate(images)]
         self.slots = dict(zip(shown.png, images))
         for place, (name, png) in zip(self.pictures.children, shown.png.items()): place.children[0].value, self.slots[name].value = _html(name), png
         self.message.value, self.lines.value = "", _html("\n".join(shown.lines))
@@ -210,10 +211,10 @@ class Screen:
         """Another result is under way, or no longer."""
         (self.pictures.add_class if on else self.pictures.remove_class)("kilobench-waiting")
 
-    def _watch(self, k: int, image: widgets.Image) -> Event:
+    def _watch(self, k: int, image: widgets.Image, clicked: Callable[[str, float, float], None]) -> Event:
         event = Event(source=image, watched_events=["click"])
         while_busy(event)
-        event.on_dom_event(lambda e: self.clicked(list(self.slots)[k], e["relativeX"] / max(1, e["boundingRectWidth"]), e["relativeY"] / max(1, e["boundingRectHeight"])))
+        event.on_dom_event(lambda e: clicked(list(self.slots)[k], e["relativeX"] / max(1, e["boundingRectWidth"]), e["relativeY"] / max(1, e["boundingRectHeight"])))
         return event
 
     def say(self, message: str) -> None:
@@ -272,7 +273,8 @@ class Explorer:
                  at: Callable[[str, float, float, dict[str, Any]], Mapping[str, Any]] | None = None,
                  title: str = "", debounce_ms: int = 40, cache: int = 64, zoom: int = 0):
         self.title, self.panel, self.screen, self.at = title, Panel(controls), Screen(self._clicked if at else None), at
-        self.controls, self.shown, self.text, self.error = self.panel.widgets, None, "", None
+        self.controls, self.text = self.panel.widgets, ""
+        self.shown: Shown | None = None; self.error: Exception | None = None
         self.traffic = Newest(_Results(render, needs, max(1, cache), zoom), self._show, debounce_ms / 1000)
         beside = widgets.HBox([self.panel.box, self.screen.box], layout={"flex_flow": "row wrap", "align_items": "flex-start", "grid_gap": "8px 20px"})
         self.box = widgets.VBox([widgets.HTML(f"<b>{html.escape(title)}</b>"), self.panel.texts, beside])
@@ -289,7 +291,7 @@ class Explorer:
         self.traffic.ask(self.panel.values)
 
     def _clicked(self, name: str, x: float, y: float) -> None:
-        try: self.panel.set(**self.at(name, x, y, self.panel.values))      # the controls' own news go to the traffic
+        try: self.panel.set(**(self.at(name, x, y, self.panel.values) if self.at else {}))      # the controls' own news go to the traffic
         except UserError as e: self.screen.say(str(e))
 
     def _show(self, outcome: tuple[Shown | None, str, Exception | None]) -> None:
@@ -334,7 +336,7 @@ class Explorer:
 # %% ../../nbs/core/10_explore.ipynb #79bc5c9f
 def snapshot(explorer: Explorer) -> Plot | None:
     """What an explorer shows, as one figure with its values below; None where it shows no picture."""
-    if not explorer.images: return None
+    if not explorer.images or explorer.shown is None: return None
     state = ", ".join(f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in explorer.panel.values.items())
     widest = max(i.shape[1] / i.shape[0] for i in explorer.images.values())
     figure = montage({"": list(explorer.images.values())}, list(explorer.images), size=1.9 * max(1, widest), title=explorer.title)

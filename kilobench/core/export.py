@@ -74,7 +74,7 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(text)
 
 # %% ../../nbs/core/11_export.ipynb #f369d6ef
-def save_student(path: str | Path, module: nn.Module | Mapping[str, Tensor], config: Mapping[str, Any], dtype: str = "fp16") -> Path:
+def save_student(path: str | Path, module: nn.Module | Mapping[str, Tensor], config: Mapping[str, Any], dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
     """Write weights (a module, or a state dict) and `config` as one safetensors file, atomically; floats stored as `dtype`."""
     if dtype not in DTYPES: raise UserError(f"save_student: dtype: {nearest(dtype, DTYPES)}")
     config, state = _plain_config(config), module.state_dict() if isinstance(module, nn.Module) else module

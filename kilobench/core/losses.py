@@ -9,6 +9,7 @@ __all__ = ['l1', 'l2', 'charbonnier', 'total_variation', 'ssim_loss', 'RandomPer
 # %% ../../nbs/core/04_losses.ipynb #203eff35
 from collections.abc import Callable, Mapping
 from functools import cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,7 @@ def _torchmetrics_ssim() -> Callable[..., Tensor]:
     from kilobench.core.metrics import import_torchvision
     import_torchvision()   # torchmetrics imports torchvision, see there
     from torchmetrics.functional.image import structural_similarity_index_measure
-    return structural_similarity_index_measure
+    return cast(Callable[..., Tensor], structural_similarity_index_measure)
 
 
 def ssim_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -85,17 +86,19 @@ class RandomPerceptual(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """The three feature maps, at a half, a quarter and an eighth of the resolution."""
         out = []
-        for w in (self.w0, self.w1, self.w2):
-            x = F.relu(self._conv(x, w))
+        for i in range(3):
+            x = F.relu(self._conv(x, self.get_buffer(f"w{i}")))
             out.append(x)
         return out
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """Mean squared difference of the features, over the three scales."""
         _same("RandomPerceptual", pred, target)
-        if pred.shape[1] != self.w0.shape[1]:
-            raise UserError(f"RandomPerceptual: image {tuple(pred.shape)}, made for {self.w0.shape[1]} channels")
+        if pred.shape[1] != (made_for := self.get_buffer("w0").shape[1]):
+            raise UserError(f"RandomPerceptual: image {tuple(pred.shape)}, made for {made_for} channels")
         with torch.no_grad(): goal = self.features(target)
-        return sum((a - b).square().mean() for a, b in zip(self.features(pred), goal)) / 3
+        scales = [(a - b).square().mean() for a, b in zip(self.features(pred), goal)]
+        return (scales[0] + scales[1] + scales[2]) / 3
 
 # %% ../../nbs/core/04_losses.ipynb #d487c3bb
 def feature_l2(pred: Tensor, target: Tensor) -> Tensor:

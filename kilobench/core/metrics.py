@@ -116,9 +116,9 @@ def summarize(values: Tensor, worst: str = "low") -> dict[str, float]:
 # %% ../../nbs/core/06_metrics.ipynb #ceb0a32d
 def blank(like: Tensor, colour: float | Sequence[float] = 1.0) -> Tensor:
     """The page without the picture: a plain `colour` (one value, or one a channel) in the shape of `like` [B, C, H, W]."""
-    colour = torch.as_tensor(colour, dtype=like.dtype, device=like.device)
-    if colour.dim() and len(colour) != like.shape[1]: raise UserError(f"blank: {len(colour)} colours for {like.shape[1]} channels")
-    return colour.reshape(1, -1, 1, 1).expand_as(like).clone()
+    page = torch.as_tensor(colour, dtype=like.dtype, device=like.device)
+    if page.dim() and len(page) != like.shape[1]: raise UserError(f"blank: {len(page)} colours for {like.shape[1]} channels")
+    return page.reshape(1, -1, 1, 1).expand_as(like).clone()
 
 def mean_image(train: Tensor, n: int) -> Tensor:
     """The best constant guess in mean square: the mean of `train` [N, C, H, W], n times; over training items, never the test's."""
@@ -192,7 +192,8 @@ def _distance(model: nn.Module, pred: Tensor, target: Tensor, batch: int = 64) -
 class LPIPS:
     """LPIPS v0.1 with its trained trunk, or `.why` it is not `.available`; call with [B, 3, H, W] pairs in [0, 1] → [B], 0 = same."""
     def __init__(self, net: str = "alex", device: str | torch.device = "cpu"):
-        self.net, self.file, self.device, self._model = net, trunk_file(net), torch.device(device), None
+        self.net, self.file, self.device = net, trunk_file(net), torch.device(device)
+        self._model: nn.Module | None = None
         digits = self.file.stem.rsplit("-", 1)[-1]
         damaged = self.file.exists() and not sha256_of(self.file).startswith(digits)
         again = f" again, its SHA-256 does not begin with {digits}" if damaged else ""
@@ -206,8 +207,8 @@ class LPIPS:
         if not self.available: raise UserError(self.why)
         if self._model is None:
             model, trunk = _perceptual(self.net), torch.load(self.file, map_location="cpu", weights_only=True)
-            # slice3.6.weight ← features.6.weight
-            model.net.load_state_dict({k: trunk["features." + k.split(".", 1)[1]] for k in model.net.state_dict()})
+            slices = model.get_submodule("net")
+            slices.load_state_dict({k: trunk["features." + k.split(".", 1)[1]] for k in slices.state_dict()})    # slice3.6.weight ← features.6.weight
             self._model = model.to(self.device)
         return _distance(self._model, pred.to(self.device), target.to(self.device))
 
@@ -288,7 +289,8 @@ def precision_recall(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]
 def nearest_training(items: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """(distance [N], index [N]) of each item's nearest training item; features, or pictures flattened: [N, D] and [M, D]."""
     _check_features("nearest_training", items, train)
-    return tuple(torch.cdist(items.float(), train.float()).min(1))
+    found = torch.cdist(items.float(), train.float()).min(1)
+    return found.values, found.indices
 
 
 def memorised(fake: Tensor, held_out: Tensor, train: Tensor, quantile: float = 0.01) -> float:
@@ -453,8 +455,8 @@ def cost(module: nn.Module | Callable, example: Any, batches: Sequence[int] = (1
     A module is timed in eval mode; its mode is put back.
     """
     args = example if isinstance(example, tuple) else (example,)
-    was_training = isinstance(module, nn.Module) and module.training
-    if was_training: module.eval()
+    net = module if isinstance(module, nn.Module) and module.training else None
+    if net: net.eval()
     try:
         with torch.inference_mode():
             out = {"params": parameters(module), "flops": flops(module, *(in_turn(a, 1) for a in args)),
@@ -466,7 +468,7 @@ def cost(module: nn.Module | Callable, example: Any, batches: Sequence[int] = (1
             with Power() as p:
                 for _ in range(repeats if torch.cuda.is_available() else 0): module(*some)
     finally:
-        if was_training: module.train()
+        if net: net.train()
     out |= {"threads": t["threads"], "device": t["device"], **{k: p.result[k] for k in ("mean_power_w", "peak_memory_mb") if k in p.result}}
     if "energy_j" in p.result: out["energy_j_per_image"] = p.result["energy_j"] / (repeats * batches[-1])
     return out

@@ -61,12 +61,14 @@ class Muon(Optimizer):
 
     def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         state = self.state[p]
+        assert p.grad is not None
         if not state: state["momentum"] = torch.zeros_like(p)
         state["momentum"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(state["momentum"], momentum)
 
     def _vector(self, p: Tensor, group: dict[str, Any]) -> None:
         state, (b1, b2) = self.state[p], group["betas"]
+        assert p.grad is not None
         if not state: state.update(step=torch.zeros(()), mean=torch.zeros_like(p), square=torch.zeros_like(p))
         state["step"] += 1
         n = state["step"].item()

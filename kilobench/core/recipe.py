@@ -13,7 +13,7 @@ import difflib, hashlib, importlib, json, os, random, re
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType, UnionType
-from typing import Annotated, Any, ClassVar, Iterable, Iterator, Literal, Mapping, Self, Sequence, TYPE_CHECKING, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Iterable, Iterator, Literal, Mapping, Self, Sequence, TYPE_CHECKING, Union, cast, get_args, get_origin
 
 import pydantic_core, yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +28,7 @@ if TYPE_CHECKING: import torch  # for annotations; nothing is imported when the 
 # %% ../../nbs/core/00_recipe.ipynb #4ec69dd5
 class UserError(Exception):
     "A mistake in what the user gave, told in one line: what, where (file, field, row), what was expected, what to do."
+    exit_code = 2
     def __init__(self, line: str): super().__init__(re.sub(r"\s*[\r\n\v\f\x1c-\x1e\x85\u2028\u2029]+\s*", " ", str(line)).strip())
 
 # %% ../../nbs/core/00_recipe.ipynb #ff016c2c
@@ -328,7 +329,7 @@ class Recipe(Written):
         "The recipe in a file that `to_yaml` wrote; a missing field is a UserError. On `Recipe` itself the file's `project` says the class."
         data = read_yaml(path)
         if not cls.project:
-            try: return load_recipe_class(str(data.get("project", ""))).from_yaml(path)
+            try: return cast(Self, load_recipe_class(str(data.get("project", ""))).from_yaml(path))
             except UserError as e: raise UserError(str(e) if str(path) in str(e) else f"{path}: {e}") from None
         values = flatten(_own(cls, data, path), cls, f"{path}: ")
         if lost := [n for n in leaves(cls) if n not in values]:

@@ -18,7 +18,7 @@ from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Callable, Literal
 
 import jinja2
 import pandas as pd
@@ -185,14 +185,14 @@ class Report(_Shape):
         known, at = self.values(row), f"{c.metric}: "
         if c.passed: return ""
         if metric not in known: return f"not measured: {nearest(metric, known)}" if known else f"not measured: there is no row {row!r}"
-        if isinstance(known[metric], str): return at + known[metric]
+        if isinstance(said := known[metric], str): return at + said
         if c.value is None: return at + "not a finite number"
         return "" if not judge(c.value, c.op, c.threshold) else "met, but the student has collapsed"
 
     def share(self, row: str, metric: str) -> float | None:
         """Share of the ceiling that a row reaches, 1 = all of it; None where there is no finite ceiling or value."""
         top = self.data.ceilings.get(metric) or self.data.ceilings.get(metric.split("/")[0])
-        v, c = finite(self.values(row).get(metric)), top and finite(top.value)
+        v, c = finite(self.values(row).get(metric)), finite(top.value) if top else None
         if v is None or c is None: return None
         a, b = (v, c) if better(metric) == "higher" else (c, v)
         return a / b if b else None
@@ -210,7 +210,7 @@ class Report(_Shape):
     @property
     def good(self) -> bool:
         """All data checks and criteria passed, nothing collapsed, and there was something to pass."""
-        return bool(self.criteria) and all(c.passed for c in [*self.criteria, *self.data.checks]) and not self.collapsed
+        return bool(self.criteria) and all(c.passed for c in self.criteria) and all(c.passed for c in self.data.checks) and not self.collapsed
 
 # %% ../../nbs/core/08_scorecard.ipynb #bacfe250
 def judge_collapse(test: Collapse, rows: Sequence[Row]) -> Collapse:
@@ -281,8 +281,8 @@ def add_speedup(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         same = row.role != "teacher" and all(row.cost.get(k) == teacher.cost.get(k) for k in ("device", "threads"))
         if any("speedup" in k for k in row.cost): same = False
-        both = [k for k in row.cost if k.startswith("latency_ms") and finite(teacher.cost.get(k)) and finite(row.cost[k])] if same else []
-        ratios = {k.replace("latency_ms", "speedup"): teacher.cost[k] / row.cost[k] for k in both}
+        both = {k: (finite(teacher.cost.get(k)), finite(row.cost[k])) for k in row.cost if k.startswith("latency_ms")} if same else {}
+        ratios = {k.replace("latency_ms", "speedup"): slow / fast for k, (slow, fast) in both.items() if slow and fast}
         out.append(row.model_copy(update={"cost": {**row.cost, **ratios}}))
     return out
 
@@ -434,7 +434,7 @@ def unit(metric: str) -> str:
 
 def decimals(values: Iterable[Value]) -> int:
     """Decimals that suit a group of numbers: fewer for larger ones, none for counts."""
-    given = [v for v in values if finite(v) is not None]
+    given = [v for v in values if isinstance(v, (int, float)) and math.isfinite(v)]
     found = [abs(float(v)) for v in given]
     if all(isinstance(v, int) for v in given) or (max(found) > 1 and all(v == int(v) for v in found)): return 0
     return 1 if max(found) >= 100 else 2 if max(found) >= 10 else 4
@@ -513,7 +513,7 @@ def bars(report: Report, test: Collapse) -> dict[str, Any]:
     """The picture of a collapse test: every row's value as a share of the scale, the line to clear, and the ceiling."""
     found = [(r, v) for r in report.rows if (v := finite(r.metrics.get(test.metric))) is not None]
     top = report.data.ceilings.get(test.metric) or report.data.ceilings.get(test.metric.split("/")[0])
-    ceiling, sign = top and finite(top.value), 1 if test.better == "higher" else -1
+    ceiling, sign = finite(top.value) if top else None, 1 if test.better == "higher" else -1
     clear = None if test.floor is None else test.floor + sign * test.margin
     scale = max([abs(v) for _, v in found] + [abs(x) for x in (ceiling, clear) if x is not None], default=1) or 1
     share = lambda x: None if x is None else round(100 * max(0.0, min(1.0, x / scale)), 2)
@@ -874,7 +874,7 @@ def render_page(report: Report, pictures: Sequence[Mapping[str, Any]] = (), mani
     """The scorecard as one HTML file. pictures: dicts of `load_picture`; notebooks: links relative to the page; name: the run's folder."""
     hero = next((p for p in pictures if p["hero"]), None)
     rows, facts, seed = _columns(report), _made_by(manifest or {}), report.stamp.get("seed")
-    say = {"device": str, "threads": _threads}
+    say: dict[str, Callable[[Any], str]] = {"device": str, "threads": _threads}
     where = dict.fromkeys(", ".join(text(r.cost[k]) for k, text in say.items() if k in r.cost) for r in rows)
     subtitle = [f"{report.preset} preset", f"run {name}" if name not in ("", report.preset) else "",
                 "" if seed is None else f"seed {seed}", facts.get("started", "")[:10]]

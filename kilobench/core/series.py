@@ -57,8 +57,10 @@ def parameters_of(notebook: str | Path) -> dict[str, Any]:
     except (ValueError, RecursionError, MemoryError): raise UserError(f"{notebook}: parameters cell: not Python") from None
     out = {}
     for line in lines:
-        try: out[line.targets[0].id] = ast.literal_eval(line.value)
-        except (AttributeError, ValueError, TypeError):
+        try:
+            if not (isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)): raise TypeError
+            out[line.targets[0].id] = ast.literal_eval(line.value)
+        except (ValueError, TypeError):
             raise UserError(f"{notebook}: parameters cell: expected name = value, found {ast.unparse(line)[:60]!r}") from None
     return out
 

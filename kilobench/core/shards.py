@@ -8,7 +8,7 @@ __all__ = ['Store', 'pack', 'unpack', 'ShardField', 'ShardFile', 'ShardIndex', '
 # %% ../../nbs/core/02_shards.ipynb #428ea863
 import hashlib, math, os, shutil
 from pathlib import Path
-from typing import Any, Callable, Iterator, Literal, Mapping, Sequence
+from typing import Any, Callable, Iterator, Literal, Mapping, Sequence, cast
 
 import pydantic_core, torch
 from pydantic import Field, ValidationError
@@ -198,7 +198,7 @@ def _one(make: Callable[[range], Mapping[str, Tensor]], rows: range, index: Shar
             raise ValueError(f"make({rows}): {key!r} must be a tensor of {len(rows)} rows, got {got}")
         store = index.store if isinstance(index.store, str) else index.store.get(key, "fp16")
         tensors[key], how = pack(x, store, key, rows.start)
-        fields[key] = ShardField(shape=list(x.shape[1:]), dtype=str(tensors[key].dtype).removeprefix("torch."), store=how)
+        fields[key] = ShardField(shape=list(x.shape[1:]), dtype=cast(Any, str(tensors[key].dtype).removeprefix("torch.")), store=how)
     for key in index.store if isinstance(index.store, dict) else ():
         if key not in fields: raise UserError(f"store: {nearest(key, fields)}")
     for key in index.fields and (fields | index.fields):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib
 import numpy as np
@@ -22,6 +22,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.rcsetup import cycler
 from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
@@ -40,13 +42,13 @@ LOOK = {
     "axes.edgecolor": HAIR, "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left",
     "axes.grid": True, "axes.axisbelow": True, "grid.color": HAIR, "grid.linewidth": 0.6, "xtick.major.size": 0, "ytick.major.size": 0,
     "xtick.minor.size": 0, "ytick.minor.size": 0, "lines.linewidth": 1.6, "legend.frameon": False, "figure.facecolor": "white",
-    "axes.prop_cycle": matplotlib.cycler(color=CYCLE), "image.interpolation": "nearest", "figure.dpi": 144}
+    "axes.prop_cycle": cycler(color=CYCLE), "image.interpolation": "nearest", "figure.dpi": 144}
 
 # %% ../../nbs/core/09_show.ipynb #c8686fdf
 @contextmanager
 def style():
     """matplotlib drawn inside this context has kilobench's look: quiet frame, small text, colour-blind safe cycle."""
-    with matplotlib.rc_context(LOOK): yield
+    with matplotlib.rc_context(cast(Any, LOOK)): yield
 
 # %% ../../nbs/core/09_show.ipynb #fc3c4a4e
 def _drawn(figure: Figure) -> bytes:
@@ -82,9 +84,9 @@ def to_array(image: Any) -> np.ndarray:
 
     A leading batch axis of one is dropped, alpha is laid over white, values outside 0…1 are clipped, NaN becomes magenta."""
     tensor = hasattr(image, "detach")
+    if tensor: image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy()
     if isinstance(image, (str, Path)): image = _read(image)
     if isinstance(image, Image.Image): image = np.asarray(image.convert("RGBA" if "A" in image.getbands() else "RGB"))
-    if tensor: image = (image.detach().float() if image.is_floating_point() else image).cpu().numpy()
     x = np.asarray(image)
     if x.ndim == 4 and len(x) == 1: x = x[0]
     first, last = (x.shape[0], x.shape[-1]) if x.ndim == 3 else (0, 0)
@@ -157,7 +159,7 @@ def montage(rows: Mapping[str, Any], titles: Sequence[str] = (), notes: Mapping[
     words = lines(titles) + sum(lines(row) for row in (notes or {}).values()) + (0.25 if title else 0)
     with style():
         fig = new_figure(0.35 + 0.075 * max(map(len, arrays)) + size * cols, words + (size * h / w + 0.03) * len(arrays))
-        fig.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
+        cast(ConstrainedLayoutEngine, fig.get_layout_engine()).set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
         axes = fig.subplots(len(arrays), cols, squeeze=False)
         for line, (name, images) in zip(axes, arrays.items()):
             below = list((notes or {}).get(name, ()))[:cols]

@@ -311,7 +311,7 @@ def _drive(result: Sweep, tasks: Mapping[str, dict], client: "distributed.Client
     topic, inbox, order, signum = f"kilobench-sweep-{uuid.uuid4().hex}", queue.SimpleQueue(), 0, 0
     home, slots = (str(outputs_dir()), str(result.folder / "sweep.json"), __version__), _slots(client)
     _check_workers(client, home)
-    client.subscribe_topic(topic, lambda event: _pass_on(*event[1], say))
+    client.subscribe_topic(topic, lambda event: _pass_on(event[1][0], event[1][1], say))
     futures = [client.submit(run_point, topic, str(result.folder.with_name(name)), home, slots, limit, seed, task, key=(topic, name), pure=False, retries=1)
                for name, task in tasks.items()]
     for future in futures: future.add_done_callback(inbox.put)

@@ -68,6 +68,7 @@ class Projector(nn.Module):
         super().__init__()
         if kind not in ("linear", "conv"): raise UserError(f"Projector: kind {nearest(kind, ['linear', 'conv'])}")
         self.in_dim, self.kind = in_dim, kind
+        self.norm: nn.Module; self.proj: nn.Module
         if kind == "conv": self.norm, self.proj = nn.GroupNorm(1, in_dim) if norm else nn.Identity(), nn.Conv2d(in_dim, out_dim, 1)
         else: self.norm, self.proj = nn.LayerNorm(in_dim) if norm else nn.Identity(), nn.Linear(in_dim, out_dim)
 

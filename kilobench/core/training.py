@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -195,7 +195,7 @@ def make_optimizer(update: Update, modules: Mapping[str, nn.Module], cfg: TrainP
     rate = update.lr if isinstance(update.lr, Mapping) else {m: cfg.lr if update.lr is None else update.lr for m in update.modules}
     for m in update.modules:
         if m not in rate: raise UserError(f"update {update.name}: lr has no rate for the module {m!r}; it names {', '.join(rate)}")
-    groups = [{"params": trainable(modules[m]), "lr": rate[m]} for m in update.modules]
+    groups: list[dict[str, Any]] = [{"params": trainable(modules[m]), "lr": rate[m]} for m in update.modules]
     if cfg.optimiser == "muon": return Muon(groups, lr=groups[0]["lr"], betas=cfg.betas, weight_decay=cfg.weight_decay)
     kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[cfg.optimiser]
     fused = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for g in groups for p in g["params"])
@@ -208,7 +208,7 @@ def _two_cosines(t: float, knee: float = 0.8) -> float:
     return 0.25 + 0.25 * math.cos(math.pi * min(1.0, (t - knee) / (1 - knee)))
 
 
-def make_schedules(optimizer: torch.optim.Optimizer, cfg: TrainPart, total: int, mode: str = "max") -> list[LRScheduler]:
+def make_schedules(optimizer: torch.optim.Optimizer, cfg: TrainPart, total: int, mode: Literal["min", "max"] = "max") -> list[LRScheduler]:
     """The schedulers of one optimiser over `total` updates: one to step after each, and for "plateau" a second, fed by evaluations."""
     rise, rates = round(cfg.warmup * total), [g["lr"] for g in optimizer.param_groups]
     constant = lambda: ConstantLR(optimizer, factor=1.0, total_iters=0)
@@ -216,7 +216,7 @@ def make_schedules(optimizer: torch.optim.Optimizer, cfg: TrainPart, total: int,
     if cfg.schedule == "onecycle":
         # a rise of one single step divides by zero inside OneCycleLR
         return [OneCycleLR(optimizer, max_lr=rates, total_steps=total, pct_start=rise / total if rise > 1 else 0.0, cycle_momentum=False)]
-    warm = [LinearLR(optimizer, start_factor=1 / 25, total_iters=rise)] if rise else []
+    warm: list[LRScheduler] = [LinearLR(optimizer, start_factor=1 / 25, total_iters=rise)] if rise else []
     if cfg.schedule == "plateau": return [*(warm or [constant()]), ReduceLROnPlateau(optimizer, mode=mode, factor=0.5, patience=2)]
     rest = max(1, total - rise)
     main = {"cosine": lambda: CosineAnnealingLR(optimizer, T_max=rest), "cosine2": lambda: LambdaLR(optimizer, lambda n: _two_cosines(n / rest)), "step": lambda: StepLR(optimizer, math.ceil(rest / 3)),
@@ -277,7 +277,7 @@ class FitState:
     name: str
     cfg: TrainPart
     accelerator: Accelerator
-    modules: dict[str, nn.Module]
+    modules: dict[str, Any]    # nn.Modules
     updates: list[Update]
     stop: int
     metric_names: list[str] = field(default_factory=list)
@@ -362,7 +362,7 @@ def mean_gradients(params: Sequence[nn.Parameter], accelerator: Accelerator) -> 
     used = None if all(p.grad is not None for p in params) else has.tolist()
     for i, (p, g) in enumerate(zip(params, means)):
         if p.grad is not None: p.grad.copy_(g.view_as(p))
-        elif used[i]: p.grad = g.view_as(p).to(p.dtype, copy=True)
+        elif used is not None and used[i]: p.grad = g.view_as(p).to(p.dtype, copy=True)
 
 
 @contextmanager
@@ -393,10 +393,13 @@ def _shape_of(x: Any) -> str:
 # %% ../../nbs/core/05_training.ipynb #d434905a
 def _backward(state: FitState, update: Update, batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     # gradients of one update, summed over the parts of the batch; the means of its terms and logs
-    parts, seen, logged = split_batch(batch, state.cfg.accumulate), {}, {}
+    seen: dict[str, Any] = {}
+    logged: dict[str, Any] = {}
+    parts = split_batch(batch, state.cfg.accumulate)
     for part in parts:
         with state.autocast(): terms, logs = named_terms(update, update.loss(state.modules, part, state.step))
-        total = sum(terms.values()) if len(terms) > 1 else next(iter(terms.values()))
+        first, *others = terms.values()
+        total = sum(others, first)
         if len(state.updates) > 1: terms, logs = ({f"{update.name}.{k}": v for k, v in x.items()} for x in (terms, logs))
         terms[state.labels[update.name]["loss"]] = total
         if len(parts) > 1:
@@ -464,7 +467,7 @@ class EMA(Callback):
     def on_start(self, state: FitState) -> None:
         self.decay = state.cfg.ema
         if not state.cfg.ema: return
-        state.ema.update({n: AveragedModel(state.modules[n], multi_avg_fn=self._average, use_buffers=True) for n in state.trained})
+        state.ema.update({n: AveragedModel(state.modules[n], multi_avg_fn=cast(Any, self._average), use_buffers=True) for n in state.trained})
         for m in state.ema.values(): m.requires_grad_(False)
 
     def _average(self, averaged: list[Tensor], current: list[Tensor], n: Any) -> None:
@@ -542,7 +545,7 @@ DECISIVE = {"steps", "batch", "lr", "optimiser", "weight_decay", "betas", "sched
 def _random_sum() -> str:
     h = hashlib.sha256(repr(random.getstate()).encode())
     _, keys, *rest = np.random.get_state()
-    for part in (keys.tobytes(), repr(rest).encode(), torch.get_rng_state().numpy().tobytes()): h.update(part)
+    for part in (np.asarray(keys).tobytes(), repr(rest).encode(), torch.get_rng_state().numpy().tobytes()): h.update(part)
     return h.hexdigest()
 
 
@@ -817,7 +820,9 @@ def loss_figure(points: Sequence[tuple[int, float]], steps: int, title: str = ""
 class LiveView(Callback):
     """In an interactive notebook: how far, how long still, the loss, the last strip, a button that stops; pictures anew at most every `seconds`."""
 
-    def __init__(self, seconds: float = 2.0): self.every, self.points, self.view = seconds, [], None
+    def __init__(self, seconds: float = 2.0):
+        self.every, self.points = seconds, []
+        self.view: Any = None
 
     def on_start(self, state: FitState) -> None:
         """Build the widgets and display them."""
@@ -852,7 +857,7 @@ class LiveView(Callback):
     def on_step(self, state: FitState) -> None:
         if self.view is None or time.perf_counter() - self.told < 0.5: return
         self.bar.value, self.words.value, self.told = state.step, self.line(state), time.perf_counter()
-        if state.strip is not self.strip: self._put(1, state.strip.read_bytes()); self.strip = state.strip
+        if state.strip and state.strip is not self.strip: self._put(1, state.strip.read_bytes()); self.strip = state.strip
 
     def on_log(self, state: FitState) -> None:
         if self.view is None: return
@@ -918,7 +923,7 @@ def _train(state: FitState, data: Any, evaluate: Callable | None) -> None:
         if state.norms and state.step == state.held_from: train_mode(state)
         state.call("on_step")
         evaluated = evaluate is not None and (state.step % cfg.eval_every == 0 or state.step == cfg.steps)
-        if evaluated: _evaluate(state, evaluate)
+        if evaluate is not None and evaluated: _evaluate(state, evaluate)
         if evaluated or state.step % cfg.log_every == 0 or state.step == cfg.steps: _log(state, evaluated)
         stopping = _stop_asked(state)
         if stopping or state.step % cfg.save_every == 0 or state.step == state.stop: state.call("on_save")
@@ -1032,8 +1037,7 @@ def _set_up(run: Run, name: str, modules: dict[str, nn.Module], updates: list[Up
     state.all_params = [p for n in state.trained for p in trainable(modules[n])]
     for u in updates:
         state.optimizers[u.name] = make_optimizer(u, modules, cfg)
-        mode = "min" if best.startswith("-") else "max"
-        state.schedules[u.name] = make_schedules(state.optimizers[u.name], cfg, u.count(cfg.steps), mode)
+        state.schedules[u.name] = make_schedules(state.optimizers[u.name], cfg, u.count(cfg.steps), "min" if best.startswith("-") else "max")
         accelerator.prepare_optimizer(state.optimizers[u.name])             # for save_state; we step the plain one
         for s in state.schedules[u.name]: accelerator.prepare_scheduler(s)
     if cfg.compile is True or cfg.compile == "auto" and state.device.type == "cuda":
@@ -1099,14 +1103,14 @@ class Fitted:
     """What `fit` gives back: the modules (averaged weights where train.ema > 0, in eval mode), step, seconds, last metrics, best value."""
     run: Run
     name: str
-    modules: dict[str, nn.Module]
+    modules: dict[str, Any]    # nn.Modules, each of its project's own class
     step: int
     seconds: float
     metrics: dict[str, float]
     best: float | None
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         """The module of this training when there is one of its name, else the first."""
         return self.modules.get(self.name, next(iter(self.modules.values())))
 
