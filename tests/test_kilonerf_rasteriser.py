@@ -1,4 +1,5 @@
 """kilonerf.rasteriser: held to a slow reference of 3DGS's rules (numpy float64, every pixel over every Gaussian), to itself, and to gsplat where there is one."""
+import importlib
 import importlib.util
 import sys
 from pathlib import Path
@@ -207,6 +208,13 @@ def test_threads_and_files_order_do_not_matter():
     order = torch.randperm(600, generator=torch.Generator().manual_seed(1))
     again = render_splats(splats.select(order), camera, pack[order])
     assert all(torch.allclose(a, b, atol=2e-5) for a, b in zip(frames[0], again))
+
+
+@pytest.mark.parametrize("name", "bricks grouped model rasteriser rays".split())
+def test_no_kernel_may_round_as_it_likes(name):
+    """A kernel compiled just now and the same one read from numba's cache give the same bits only without fastmath."""
+    kernels = {k: v for k, v in vars(importlib.import_module(f"kilobench.kilonerf.{name}")).items() if hasattr(v, "targetoptions")}
+    assert kernels and [k for k, v in kernels.items() if v.targetoptions.get("fastmath")] == []
 
 
 def test_moving_world_and_camera_together_changes_nothing():

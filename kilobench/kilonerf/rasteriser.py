@@ -22,7 +22,7 @@ from .splats import Splats, sh_colour
 TILE, NEAR, LOWPASS, SLOPE = 16, 0.2, 0.3, 1.3             # pixels, world units, px², times tan(fov/2)
 MAX_ALPHA, MIN_ALPHA, MIN_T = 0.99, 1 / 255, 1e-4
 _CACHE = __name__ != "__main__"                            # inside a notebook numba's cache would not notice that a helper in another cell changed
-_FAST = {"contract", "nsz", "nnan", "ninf", "arcp"}        # no reordering of sums: the result does not depend on the machine's vectors
+# No fastmath: numba compiles a parallel kernel once for this process and once for its cache, and the two would round differently. Measured, it gains nothing.
 
 # %% ../../nbs/kilonerf/00b_rasteriser.ipynb #5f597e00
 @njit(error_model="numpy")
@@ -166,7 +166,7 @@ def tile_lists(f: Footprints, width: int, height: int) -> tuple[np.ndarray, np.n
     return offsets, ids
 
 # %% ../../nbs/kilonerf/00b_rasteriser.ipynb #9f6efd90
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _exp2(x):
     """2^x for x ≤ 0, float32, relative error below 2e-6; x below −125 counts as −125."""
     x = max(x, np.float32(-125))
@@ -182,7 +182,7 @@ def _exp2(x):
     return p * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _weigh(u, a, vv, opacity, T, w):
     """One Gaussian on a row of 16 pixels: writes its weights w, lowers the transmittances T (0 = finished); returns how many pixels it counts in. u at x = 0."""
     count = np.int32(0)
@@ -201,7 +201,7 @@ def _weigh(u, a, vv, opacity, T, w):
 _BLOCK = 64
 
 
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _gather(ids, centre, form, x, y, near):
     """near [7, G] float32: u and v at the tile's corner pixel (x, y), a, b, c, opacity, limit of its Gaussians."""
     for g in range(len(ids)):
@@ -211,7 +211,7 @@ def _gather(ids, centre, form, x, y, near):
         near[2, g], near[3, g], near[4, g], near[5, g], near[6, g] = form[i, 0], form[i, 1], form[i, 2], form[i, 3], form[i, 4]
 
 
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _reaches(near, start, n, y, flag):
     """flag[g]: does Gaussian start + g come near enough to the row at height y to matter in any of its pixels?"""
     for g in range(n):
@@ -221,7 +221,7 @@ def _reaches(near, start, n, y, flag):
         flag[g] = gap * gap + v * v <= near[6, start + g]
 
 # %% ../../nbs/kilonerf/00b_rasteriser.ipynb #a6eb57f9
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _add(w, values, feats, colour, feature):
     """Lay one Gaussian's five values and its features onto a row with weights w: colour [5, 16], feature [16, F]."""
     for c in range(5):
@@ -234,7 +234,7 @@ def _add(w, values, feats, colour, feature):
                 for c in range(len(feats)): feature[x, c] += wx * feats[c]
 
 
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _row(y, ids, near, values, feats, T, w, flag, colour, feature):
     """Lay a tile's Gaussians over the row at height y (pixels from the tile's corner) until no pixel has light left."""
     for start in range(0, len(ids), _BLOCK):
@@ -250,7 +250,7 @@ def _row(y, ids, near, values, feats, T, w, flag, colour, feature):
         if light == 0: break
 
 # %% ../../nbs/kilonerf/00b_rasteriser.ipynb #187d2308
-@njit(fastmath=_FAST, error_model="numpy")
+@njit(error_model="numpy")
 def _tile(ids, centre, form, values, feats, x0, y0, lens, out):
     """Draw one tile with its corner at pixel (x0, y0) into out [5 + F, H, W]: rgb, alpha, depth, features; lens: cx, cy, fx, fy."""
     T, w, flag = np.empty(TILE, np.float32), np.empty(TILE, np.float32), np.empty(_BLOCK, np.bool_)
@@ -269,7 +269,7 @@ def _tile(ids, centre, form, values, feats, x0, y0, lens, out):
             for c in range(feats.shape[1]): out[5 + c, y0 + row, x0 + x] = feature[x, c]
 
 
-@njit(cache=_CACHE, parallel=True, fastmath=_FAST, error_model="numpy")
+@njit(cache=_CACHE, parallel=True, error_model="numpy")
 def _raster(offsets, ids, centre, form, values, feats, work, lanes, lens, out):
     """Draw the tiles in `work`, longest list first, dealt round to `lanes` so that each has about the same to do."""
     for lane in prange(lanes):

@@ -494,7 +494,7 @@ def _index(splats: Splats, box: Tensor, resolution: int, floor: float) -> _Index
     return _Index(low, cell, np.array(shape), first, items, b, np.ascontiguousarray(kept.sh.detach().numpy()))
 
 # %% ../../nbs/kilonerf/01b_rays.ipynb #26f92d59
-@njit(cache=True, parallel=True, fastmath=True, error_model="numpy")
+@njit(cache=True, parallel=True, error_model="numpy")
 def _query(x, basis, low, cell, shape, first, items, mean, whiten, opacity, scale, sh, most, step, alpha, rgb, threads):
     """alpha [M] and rgb [M, 3] of the field at x [M, 3]; basis [M, K] the spherical harmonics of each direction; scale [N] = 1 / (√(2π) s)."""
     for w in prange(threads):

@@ -137,11 +137,6 @@ def chain(project: str, n: int, folder: Path, seed: int, whole: Path, say: Any =
     return {"project": project, "kills": len(done), "at": done, "faults": faults}
 
 
-def warm(outputs: Path) -> None:
-    """Have numba compile kilonerf's kernels into its cache: compiled just now they may round two pixels in 6,400 otherwise than read back, which no kill has to do with."""
-    subprocess.run([sys.executable, str(HERE / "stages.py"), "kilonerf", "warm", TINY["kilonerf"], "data"], env=environment(outputs), capture_output=True)
-
-
 def undisturbed(project: str, whole: Path, series: bool = False) -> list[str]:
     """One run to its end, as `base`; → faults."""
     start = time.monotonic()

@@ -65,7 +65,6 @@ def main() -> int:
         if {"kills", "damage", "places"} & set(parts):
             say("== a run of each project, undisturbed")
             whole.mkdir()
-            if "kilonerf" in projects: kills.warm(folder / "warm")
             part("undisturbed", "", [{"project": p, "faults": f} for p, f in zip(projects, pool.map(lambda p: kills.undisturbed(p, whole), projects))])
         if "kills" in parts:
             say(f"== {strikes} kills at random moments")
