@@ -17,7 +17,7 @@ import pandas as pd
 
 from .recipe import Recipe, UserError, altered, find_projects, nearest, split_words
 from .run import outputs_dir, read_json, reference_dir
-from .scorecard import Report, better, compare, decimals, finite, number, unlike
+from .scorecard import Report, better, compare, decimals, finite, full_label, number, unlike
 
 # %% ../../nbs/core/09a_comparison.ipynb #08b3152b
 if TYPE_CHECKING: from kilobench.core.show import Plot  # a table needs no drawing
@@ -201,5 +201,5 @@ def picture(panels: Sequence[Panel]) -> "Plot":
     for p in panels:
         told, metric = _apart(p.frame["setting"]), p.metrics[0]
         rows = [_line(line, told, metric, len(told) == 2) for line in p.frame.to_dict("records")]
-        drawn[f"{p.title}: {metric}"] = (rows, metric, better(metric) == "lower")
+        drawn[f"{p.title}: {full_label(metric)}"] = (rows, metric, better(metric) == "lower")
     return tradeoffs(drawn)

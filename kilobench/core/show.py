@@ -31,6 +31,7 @@ from PIL import Image
 
 from .recipe import UserError, nearest
 from .run import PICTURES, UNREADABLE, atomic_write
+from .scorecard import full_label, label, unit
 
 # %% ../../nbs/core/09_show.ipynb #e4c881ab
 INK, MUTED, HAIR = "#23272e", "#6b7480", "#dfe3e8"
@@ -318,7 +319,7 @@ def _bargains(ax, rows: Sequence[Any], quality: str, cost: str, lower: bool) -> 
         ax.scatter(x, y, s=area, marker=MARKS.get(_get(row, "role"), "o"), color="none" if params is None else colour, edgecolor=colour, alpha=0.8, zorder=3)
         if sd: ax.errorbar(x, y, yerr=sd, color=colour, capsize=2, lw=1, zorder=2)
         labels.setdefault((_get(row, "name"), _get(row, "role")), (_get(row, "name"), (x, y), area ** 0.5 / 2, colour, (x, y) in best))
-    ax.set_xlabel(f"{cost}{f'; area: parameters, the largest has {most:,.0f}' if most else ''}")
+    ax.set_xlabel(f"{label(cost)}{unit(cost) and f',{unit(cost)}'}{f'; area: parameters, the largest has {most:,.0f}' if most else ''}")
     return list(labels.values())
 
 # %% ../../nbs/core/09_show.ipynb #9e1f0a17
@@ -335,7 +336,7 @@ def _dress(ax, rows: Sequence[Any], quality: str, lower: bool, title: str) -> No
     ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.xaxis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_title(f"{title or quality}, {'less' if lower else 'more'} is better")
+    ax.set_title(f"{title or full_label(quality)}, {'less' if lower else 'more'} is better")
 
 
 def tradeoffs(panels: Mapping[str, tuple[Sequence[Any], str, bool]], cost: str = "latency_ms_b1") -> Plot:
@@ -359,7 +360,7 @@ def tradeoffs(panels: Mapping[str, tuple[Sequence[Any], str, bool]], cost: str =
 
 def tradeoff(rows: Sequence[Any], quality: str, cost: str = "latency_ms_b1", title: str = "", lower: bool = False) -> Plot:
     """A quality metric against a cost for the rows of a report, or plain dicts of the same shape (`spread`: a standard deviation by metric)."""
-    return tradeoffs({title or quality: (rows, quality, lower)}, cost)
+    return tradeoffs({title or full_label(quality): (rows, quality, lower)}, cost)
 
 # %% ../../nbs/core/09_show.ipynb #ca7dc75a
 def _thin(points: Any, colours: Any, limit: int) -> tuple[np.ndarray, np.ndarray | None]:
