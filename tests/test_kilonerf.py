@@ -1,6 +1,10 @@
 """The kilonerf project: model, losses, stages and commands, on real parts at toy size. Its library notebooks have test files of their own."""
+import json
 import math
 import shutil
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report
 from kilobench.kilonerf import commands
 from kilobench.kilonerf.cameras import orbit, pose_leaks, rays
-from kilobench.kilonerf.data import RaySet, choose_pixels, data, teacher_rays, z_score
+from kilobench.kilonerf.data import RaySet, choose_pixels, data, make_scene, scene_folder, teacher_rays, z_score
 from kilobench.kilonerf.grouped import sort_by_cell
 from kilobench.kilonerf.model import KiloStudent, blend_cells, encode, face_jump, feature_projector, flat_cell, frame_flops, load_trained, query_flops, render_frame, save_trained
 from kilobench.kilonerf.rasteriser import over, render_splats
@@ -356,3 +360,15 @@ def test_the_command_line_says_a_mistake_in_one_line(outputs):
 
 
 def test_the_series_runs_at_smoke_size(monkeypatch): assert_series_runs("kilonerf", monkeypatch)
+
+
+def test_what_a_killed_photographer_left_half_written_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("KILOBENCH_OUTPUTS", str(tmp_path))
+    run = open_run("kilonerf", "smoke", tmp_path / "run", "scene.size=32 scene.splats=2000 scene.train=2 scene.val=2 scene.test=2")
+    scene, gone = scene_folder(run), subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True).stdout.strip()
+    half = scene / "test" / f".r_0.tmp-{socket.gethostname()}-{gone}-1.png"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    (scene / "build.lock").write_text(json.dumps({"pid": int(gone), "host": socket.gethostname()}))
+    make_scene(run)
+    assert not half.exists() and (scene / "test" / "r_0.png").exists() and (scene / "point_cloud.ply").exists()

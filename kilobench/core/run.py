@@ -135,7 +135,7 @@ def sha256_of(path: str | Path) -> str:
 # %% ../../nbs/core/01_run.ipynb #5f0a2d1e
 PICTURES = ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP")      # for Image.open(…, formats=PICTURES): none of these starts a program
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError,
-              EOFError, struct.error, zlib.error)
+              EOFError, MemoryError, struct.error, zlib.error)     # a block may claim two gigabytes
 
 # %% ../../nbs/core/01_run.ipynb #2c1c327a
 def within(folder: str | Path, file: str | Path) -> Path:

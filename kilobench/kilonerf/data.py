@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from ..core.metrics import psnr
 from ..core.recipe import UserError
-from ..core.run import Run, stage
+from ..core.run import Run, folder_lock, stage
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
 from .bricks import MAKER as BRICKS, default_model, model_splats, write_scene
@@ -63,7 +63,8 @@ def make_scene(run: Run) -> None:
     part: ScenePart = run.recipe.scene
     if part.folder or part.ply or (scene_folder(run) / "point_cloud.ply").exists(): return   # which is written last
     counts, model = {"train": part.train, "val": part.val, "test": part.test}, default_model()
-    write_scene(scene_folder(run), model, part.size, part.samples, counts, part.seed, model_splats(model, part.splats, seed=part.seed, size=part.size))
+    with folder_lock(scene_folder(run) / "build.lock", "scene", wait=True, children=False):
+        write_scene(scene_folder(run), model, part.size, part.samples, counts, part.seed, model_splats(model, part.splats, seed=part.seed, size=part.size))
 
 # %% ../../nbs/kilonerf/00_data.ipynb #4006f414
 def evenly(items: Sequence[Any], n: int) -> list[Any]:
