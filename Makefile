@@ -60,11 +60,12 @@ test: check
 robust: $(STAMP)
 	@OMP_NUM_THREADS=1 $(BIN)/python tests/robust/run.py
 
+# The types are looked at beside the rest.
 check: $(STAMP)
-	@echo "== notebooks clean and in sync with kilobench/"
-	@$(BIN)/python tests/notebook_checks.py
-	@echo "== ruff"
-	@$(BIN)/ruff check --output-format concise kilobench setup.py
+	@types=$$(mktemp); $(BIN)/mypy >$$types 2>&1 & pid=$$!; good=0; \
+	echo "== notebooks clean and in sync with kilobench/"; $(BIN)/python tests/notebook_checks.py || good=1; \
+	echo "== ruff"; $(BIN)/ruff check --output-format concise kilobench setup.py || good=1; \
+	echo "== mypy"; wait $$pid || good=1; cat $$types; rm -f $$types; exit $$good
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab --ip 127.0.0.1 --LabApp.default_url /lab/tree/nbs/index.ipynb --LabApp.check_for_updates_class jupyterlab.NeverCheckForUpdate
