@@ -6,17 +6,18 @@
 __all__ = ['another', 'shows', 'same', 'steer', 'steer_all', 'steering_sheet', 'decoder_explorer']
 
 # %% ../../nbs/design/04a_steering.ipynb #71fae0d0
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.explore import Explorer
 from ..core.show import montage
 from .data import DesignData
 from .decoder import Brief, brief_of
 from .generated import Sampler, audit, draw, samplers
 from .generators import LABELS, brief_in
+from .model import Networks, UNet
 from .recipe import DecoderPart
 from .scene import FORMATS, GOALS, TONES, Scene
 
@@ -38,7 +39,7 @@ def same(a: Scene, b: Scene, label: str) -> bool:
     return abs(a.tone - b.tone) <= 1 / TONES if label == "tone" else getattr(a, label) == getattr(b, label)
 
 
-def steer(sampler: Sampler, auditor: nn.Module, brief: Brief, size: int) -> dict[str, Any]:
+def steer(sampler: Sampler, auditor: UNet, brief: Brief, size: int) -> dict[str, Any]:
     """{edits, readback, others_kept, null_error, kinds: {goal, format, tone: …}} of a sampler, for each brief and each of the three edits."""
     before = draw(sampler, brief, size)
     scenes, kinds = audit(auditor, before)[1], {}
@@ -52,13 +53,13 @@ def steer(sampler: Sampler, auditor: nn.Module, brief: Brief, size: int) -> dict
             "null_error": float((draw(sampler, brief, size) - before).abs().max()), "kinds": kinds}
 
 # %% ../../nbs/design/04a_steering.ipynb #243ee154
-def steer_all(networks: Mapping[str, nn.Module], made: DesignData, part: DecoderPart, n: int) -> dict[str, dict[str, Any]]:
+def steer_all(networks: Networks, made: DesignData, part: DecoderPart, n: int) -> dict[str, dict[str, Any]]:
     """Row → its steering, for the diffusion teacher and the few-step student, on the briefs of the first n test designs."""
     brief, rows = brief_in(made.fetch(made.rows("test")[:n])), samplers(networks, part)
     return {name: steer(rows[name][1], networks["auditor"], brief, made.size) for name in (f"decoder, {part.steps} steps", f"few-step, {part.rungs[-1]}")}
 
 
-def steering_sheet(networks: Mapping[str, nn.Module], part: DecoderPart, size: int, labels: Sequence[tuple[str, str, float]] = (("sale", "poster", 0.1), ("menu", "poster", 0.1), ("menu", "banner", 0.1), ("menu", "banner", 0.9))) -> Any:
+def steering_sheet(networks: Networks, part: DecoderPart, size: int, labels: Sequence[tuple[str, str, float]] = (("sale", "poster", 0.1), ("menu", "poster", 0.1), ("menu", "banner", 0.1), ("menu", "banner", 0.9))) -> Any:
     """One noise, one brief after another, each with one label changed; teacher above its student."""
     brief = brief_of(*map(list, zip(*labels)))
     one = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(3)).expand(len(labels), -1, -1, -1)
@@ -67,10 +68,11 @@ def steering_sheet(networks: Mapping[str, nn.Module], part: DecoderPart, size: i
     return montage(pictures, titles=[f"{g}, {f}, {t:.1f}" for g, f, t in labels], size=1.3)
 
 # %% ../../nbs/design/04a_steering.ipynb #4458938f
-def decoder_explorer(networks: Mapping[str, nn.Module] | None, part: DecoderPart, size: int = 64, needs: str = "") -> Explorer:
+def decoder_explorer(networks: Networks | None, part: DecoderPart, size: int = 64, needs: str = "") -> Explorer:
     """Goal, format, tone and a seed; the diffusion teacher and its few-step student answer side by side."""
     def look(goal: str, format: str, tone: float, seed: int) -> dict[str, Any]:
         """What one choice of the controls shows."""
+        assert networks is not None     # else the explorer says what it needs
         brief, noise = brief_of([goal], [format], [tone]), torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
         rows = samplers(networks, part)
         shown = {name: rows[name][1](brief, noise)[0] for name in (f"decoder, {part.steps} steps", f"few-step, {part.rungs[-1]}")}
