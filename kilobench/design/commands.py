@@ -117,7 +117,7 @@ def draw_designs(out: Path, goal: str, format: str, tone: float | None, n: int, 
     noise = torch.randn(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
     pictures = sample(model, brief_of(*labels), noise, steps, 1.0, model.kind)
     print(f"student: {file}, {steps} steps", file=sys.stderr)
-    said = []
+    said: list[dict[str, Any]] = []
     for k, (picture, *brief) in enumerate(zip(pictures, *labels)):
         with atomic_path(out / f"design-{k:03d}.png") as tmp: to_pil(picture).resize((256, 256), 0).save(tmp, format="PNG")
         said.append({"file": f"design-{k:03d}.png", "asked": dict(zip(("goal", "format", "tone"), brief)), "read": answer(picture, reader)[1]})

@@ -8,13 +8,13 @@ __all__ = ['ACTIONS', 'as_picture', 'ask_oracle', 'pictures_of', 'ask_reader', '
            'put_steering', 'counterfactual', 'edit_sheet', 'edited', 'element_at', 'explorer']
 
 # %% ../../nbs/design/04_counterfactual.ipynb #0c372964
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 import numpy as np
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.counterfactual import Assessment, Edit, assess, check_held, edit_strip
 from ..core.explore import Explorer
 from ..core.run import Run, stage
@@ -22,6 +22,7 @@ from ..core.scorecard import Scorecard, rebuild
 from ..core.show import montage
 from .data import DesignData, data
 from .evaluate import readers
+from .model import Networks
 from .oracle import SCORES, grammar
 from .recipe import DesignRecipe
 from .render import harden, render, structure_pictures
@@ -69,7 +70,7 @@ def with_palette(scene: Scene, palette: str) -> Scene:
 
 def label_edits(scene: Scene, rng: np.random.Generator) -> list[Edit[Scene]]:
     """The design of the same seed with another goal, format or tone, and in another palette."""
-    own = {"goal": scene.goal, "format": scene.format, "tone": scene.tone}
+    own: dict[str, Any] = {"goal": scene.goal, "format": scene.format, "tone": scene.tone}
     def again(**labels: Any) -> Callable[[Scene], Scene]: return lambda s: draw_scene(s.seed, **(own | labels))
     other = lambda options, mine: str(rng.choice([o for o in options if o != mine]))
     goal, format, tone = other(GOALS, scene.goal), other(FORMATS, scene.format), round((scene.tone + 0.5) % 1, 4)
@@ -93,7 +94,9 @@ def element_edits(scene: Scene, i: int, rng: np.random.Generator) -> list[Edit[S
     def back(s: Scene) -> Scene: return s.with_element(i, e)
     def restore(s: Scene) -> Scene: return replace(s, elements=(*s.elements[:i], e, *s.elements[i:]))
     out = [Edit(f"move the {e.role}", "move", put(moved(e, dx, dy, scene.artboard)), back, target=target), Edit(f"{e.role} {colour}", "recolour", put(replace(e, colour=colour)), back, target=target)]
-    if e.kind != "text": out.append(Edit(f"resize the {e.role}", "resize", put(resized(e, *(int(v) for v in rng.choice([-6, 6], 2)), scene)), back, target=target))
+    if e.kind != "text":
+        dw, dh = (int(v) for v in rng.choice([-6, 6], 2))
+        out.append(Edit(f"resize the {e.role}", "resize", put(resized(e, dw, dh, scene)), back, target=target))
     if len(scene.elements) > 1: out.append(Edit(f"delete the {e.role}", "delete", put(None), restore))    # later elements move up: not independent of their edits
     return out
 
@@ -144,7 +147,7 @@ def state_criteria(card: Scorecard) -> None:
     for name in SCORES: card.criterion(f"unet + resnet: {name} moves with the oracle", "unet + resnet", f"counterfactual/score: {name}/change_rho", ">=", 0.8, "kilobench: Spearman of changes")
 
 
-def put_steering(card: Scorecard, networks: Mapping[str, nn.Module], made: DesignData, recipe: DesignRecipe) -> None:
+def put_steering(card: Scorecard, networks: Networks, made: DesignData, recipe: DesignRecipe) -> None:
     """Teacher and few-step student under another brief and the same noise, on the card."""
     for name, summary in steer_all(networks, made, recipe.decoder, recipe.counterfactuals).items():
         card.counterfactual(summary, row=name)
@@ -154,7 +157,7 @@ def put_steering(card: Scorecard, networks: Mapping[str, nn.Module], made: Desig
 
 
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
-def counterfactual(run: Run) -> None:
+def counterfactual(run: Run[DesignRecipe]) -> None:
     """Edit test designs in every way, compare what was read with what changed, and put it on the scorecard."""
     networks, made = train(run), data(run)
     card, rows = Scorecard.part(run, "counterfactual"), {k: v for k, v in readers(networks).items() if "exact" not in k}
@@ -203,6 +206,7 @@ def explorer(reader: Reader | None, size: int = 64, needs: str = "") -> Explorer
     @torch.no_grad()
     def look(**chosen: Any) -> dict[str, Any]:
         """What one choice of the controls shows."""
+        assert reader is not None     # else the explorer says what it needs
         scene = edited(**chosen)
         picture, structure = pictures_of([scene], size), render(scene, size)[1]
         soft, answers = reader({"image": picture})

@@ -25,7 +25,7 @@ from ..core.run import Run, disk_full, folder_lock, read_json, stage, within, wr
 from ..core.scorecard import Scorecard
 from .oracle import SCORES, damage_ladder, grammar
 from .parse import map_of
-from .recipe import DataPart
+from .recipe import DataPart, DesignRecipe
 from .render import LEVELS, N_COLOURS, render
 from .scene import FAMILIES, FORMATS, GOALS, Scene, ceilings, draw_scene, from_json, guess_goal, to_json
 
@@ -140,7 +140,7 @@ def import_designs(folder: Path, part: DataPart) -> list[dict[str, Any]]:
     return [e | {"skeleton": e["skeleton"] or e["structure"]} for e in (entry_of(*r) for r in read)]
 
 # %% ../../nbs/design/00_data.ipynb #940b4df0
-def data_dir(run: Run) -> Path:
+def data_dir(run: Run[DesignRecipe]) -> Path:
     """Where the data of this recipe are cached; a folder of one's own counts by its files, sizes and times."""
     extra: dict[str, Any] = {"maker": MAKER}
     if run.recipe.data.folder:
@@ -196,7 +196,8 @@ class DesignData(Dataset):
     @cached_property
     def _memory(self) -> tuple[Tensor, Tensor] | None:
         if len(self) * 7 * self.size**2 > 2**30: return None
-        return tuple(torch.from_numpy(np.stack(a)) for a in zip(*(self.arrays(i) for i in range(len(self)))))
+        image, structure = (torch.from_numpy(np.stack(a)) for a in zip(*(self.arrays(i) for i in range(len(self)))))
+        return image, structure
 
     @cached_property
     def labels(self) -> dict[str, Tensor]:
@@ -264,13 +265,13 @@ def _check_labels(card: Scorecard, data: DesignData) -> None:
     card.ceiling("tone_mse", best["tone"], "variance of a tone within one step of the band's thickness")
 
 # %% ../../nbs/design/00_data.ipynb #bc8e2d41
-def load_data(run: Run) -> DesignData:
+def load_data(run: Run[DesignRecipe]) -> DesignData:
     """The data of this run, made earlier."""
     return DesignData.open(data_dir(run))
 
 
 @stage(makes=lambda run: [data_dir(run) / "index.json", "parts/data.json"], load=load_data)
-def data(run: Run) -> None:
+def data(run: Run[DesignRecipe]) -> None:
     """Make the designs of this recipe (cached by its hash), check them, and put checks and ceilings on the scorecard."""
     make_data(data_dir(run), run.recipe.data, run.recipe.seed)
     card = Scorecard.part(run, "data")

@@ -94,6 +94,8 @@ class Attention(nn.Module):
 # %% ../../nbs/design/01b_decoder.ipynb #db5bb0b2
 class Decoder(nn.Module):
     """Noisy pictures [B, 3, H, W] in about [-1, 1], times [B] in 0…999 and a brief → [B, 3, H, W]: its guess of the clean picture."""
+    colours: Tensor
+
     def __init__(self, widths: tuple[int, int, int] = (64, 128, 128), patch: int = 4, context: int = 64, size: int = 64):
         super().__init__()
         a, b, c = widths
@@ -145,7 +147,10 @@ def schedule(kind: str = "zero-snr", steps: int = 50) -> Any:
 # %% ../../nbs/design/01b_decoder.ipynb #6b046a4c
 class Denoiser(nn.Module):
     """A decoder that answers as a schedule asks: noisy pictures [B, 3, H, W], times [B] and a brief → velocity (zero-snr) or noise (linear)."""
-    def __init__(self, decoder: nn.Module, kind: str = "zero-snr"):
+    decoder: Decoder
+    kept: Tensor
+
+    def __init__(self, decoder: Decoder, kind: str = "zero-snr"):
         super().__init__()
         self.decoder, self.kind = decoder, kind
         self.register_buffer("kept", schedule(kind).alphas_cumprod.clone(), persistent=False)

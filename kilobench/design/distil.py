@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.losses import feature_l2
 from ..core.teacher import freeze
 from .decoder import NOISE_STEPS, Brief, Denoiser, evaluations, guided
+from .model import UNet
 
 # %% ../../nbs/design/02a_distil.ipynb #ba68b9fc
 def clean_guess(model: Denoiser, x: Tensor, answer: Tensor, time: Tensor) -> Tensor:
@@ -37,9 +38,10 @@ Near = Callable[[Tensor, Tensor], Tensor]     # (guess, target), both [B, 3, H, 
 
 class SeenDistance(nn.Module):
     """Mean squared distance of two pictures in a frozen U-Net's maps, each channel in units of its spread over `examples` [N, 3, H, W] in [0, 1]."""
-    def __init__(self, encoder: nn.Module, examples: Tensor):
+    def __init__(self, encoder: UNet, examples: Tensor):
         super().__init__()
-        self.encoder = freeze(encoder)
+        self.encoder = encoder
+        freeze(encoder)
         with torch.no_grad(): self.spreads = [m.std((0, 2, 3), keepdim=True).clamp(min=1e-3) for m in encoder.levels(examples)]
 
     def forward(self, guess: Tensor, target: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ __all__ = ['YARDSTICK', 'BAYES', 'ROLES', 'SEED', 'OURS', 'mean_reader', 'contro
 
 # %% ../../nbs/design/03_evaluate.ipynb #8914d89d
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..core.training import seconds_trained
 from .data import DesignData, data
 from .generated import put_generated
 from .generators import rung_names
-from .model import Teachers
+from .model import Networks, Teachers
 from .oracle import SCORES
 from .parse import parse, parsed_scores
 from .recipe import DesignRecipe
@@ -75,7 +75,7 @@ def parsed_reader(encoder: nn.Module) -> Reader:
     return read
 
 
-def readers(networks: Mapping[str, nn.Module]) -> dict[str, Reader]:
+def readers(networks: Networks) -> dict[str, Reader]:
     """Row name → reader, for what was trained."""
     both = Teachers(networks["encoder"], networks["abstractor"])
     return {"unet + resnet": reader_of("both", both), "resnet, exact structure": reader_of("abstractor", networks["abstractor"]),
@@ -94,14 +94,15 @@ def measure(made: DesignData, rows: Mapping[str, Reader]) -> dict[str, dict[str,
     return out
 
 # %% ../../nbs/design/03_evaluate.ipynb #68979c4a
-def costs(made: DesignData, networks: Mapping[str, nn.Module], repeats: int = 10) -> dict[str, dict[str, Any]]:
+def costs(made: DesignData, networks: Networks, repeats: int = 10) -> dict[str, dict[str, Any]]:
     """Row → cost of teachers and compact network; latency at batches of 1 and 64, alternating."""
     images, both = made.fetch(made.rows("test")[:64])["image"], Teachers(networks["encoder"], networks["abstractor"]).eval()
     models = {"unet + resnet": both, "compact": networks["compact"]}
     rows = {name: cost(m, images, batches=(1,), repeats=2, warmup=1) for name, m in models.items()}
+    def asked(m: nn.Module, n: int) -> Callable[[], Any]: return lambda: m(images[:n])
     with torch.inference_mode():
         for n in (1, min(64, len(images))):
-            for name, t in compare_latency({k: (lambda m=m, n=n: m(images[:n])) for k, m in models.items()}, repeats=repeats).items():
+            for name, t in compare_latency({k: asked(m, n) for k, m in models.items()}, repeats=repeats).items():
                 rows[name] |= {f"latency_ms_b{n}": t["median_ms"], "images_per_s": 1e3 * n / t["median_ms"], "threads": t["threads"], "device": device_name("cpu")}
     return rows
 
@@ -188,7 +189,7 @@ def generator_trainings(recipe: DesignRecipe) -> dict[str, tuple[str, ...]]:
 
 
 @stage(makes=["parts/evaluate.json"], load=rebuild)
-def evaluate(run: Run) -> None:
+def evaluate(run: Run[DesignRecipe]) -> None:
     """Measure teachers, student, baseline and controls on the test families, then what is generated; write the scorecard."""
     networks, made = train(run), data(run)
     card, rows = Scorecard(run, stamp_of(run.recipe, made)), readers(networks)

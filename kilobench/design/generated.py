@@ -9,18 +9,19 @@ __all__ = ['EXTRACTOR', 'FD', 'HARMS', 'CEILED', 'Sampler', 'MOST_FLOORS', 'audi
 
 # %% ../../nbs/design/03a_generated.ipynb #46b7e9b2
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.metrics import compare_latency, device_name, fd_with_floor, frechet_distance, kernel_mmd, memorised, parameters, precision_recall
 from ..core.scorecard import Scorecard
 from ..core.show import montage
 from .data import DesignData
 from .decoder import Brief, evaluations, sample
 from .generators import brief_in
-from .model import soft
+from .model import Networks, UNet, soft
 from .oracle import SCORES
 from .parse import is_design, parse, parsed_scores
 from .recipe import DecoderPart, DesignRecipe
@@ -33,14 +34,14 @@ FD = f"FD({EXTRACTOR})"
 
 
 @torch.no_grad()
-def audit(auditor: nn.Module, images: Tensor, batch: int = 64) -> tuple[Tensor, list[Scene]]:
+def audit(auditor: UNet, images: Tensor, batch: int = 64) -> tuple[Tensor, list[Scene]]:
     """(features [N, D], parsed scenes) of pictures [N, 3, H, W] in [0, 1], rounded to 8 bit."""
     seen = [auditor.features(some) for some in ((images * 255).round() / 255).split(batch)]
     return torch.cat([bottom.mean((2, 3)) for _, bottom in seen]), [parse(s) for logits, _ in seen for s in harden(soft(logits)).numpy()]
 
 
 @torch.no_grad()
-def features_of(auditor: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
+def features_of(auditor: UNet, images: Tensor, batch: int = 64) -> Tensor:
     """The features [N, D] alone, without parsing."""
     return torch.cat([auditor.features(some)[1].mean((2, 3)) for some in ((images * 255).round() / 255).split(batch)])
 
@@ -97,7 +98,7 @@ CEILED = ("goal_kept_acc", "format_kept_acc", "tone_kept_mae", "oracle", "is_des
 
 class Audit:
     """Real designs once seen by the auditor, against which any pictures for the same briefs are measured."""
-    def __init__(self, auditor: nn.Module, made: DesignData, n: int):
+    def __init__(self, auditor: UNet, made: DesignData, n: int):
         rows = made.rows("test")
         self.auditor, self.n = auditor.eval(), min(n, len(rows) // 2)
         self.real = made.fetch(rows)
@@ -123,7 +124,7 @@ class Audit:
 Sampler = Callable[[Brief, Tensor], Tensor]     # (brief, noise [B, 3, H, W]) → pictures [B, 3, H, W] in [0, 1]
 
 
-def samplers(networks: Mapping[str, nn.Module], part: DecoderPart) -> dict[str, tuple[str, Sampler, int]]:
+def samplers(networks: Networks, part: DecoderPart) -> dict[str, tuple[str, Sampler, int]]:
     """Row → (role, sampler, evaluations of a picture)."""
     few, w, kind = part.rungs[-1], part.guidance, part.schedule
     def of(name: str, steps: int, weight: float) -> tuple[Sampler, int]: return (lambda brief, noise: sample(networks[name], brief, noise, steps, weight, kind)), evaluations(steps, weight)
@@ -139,11 +140,11 @@ def draw(sampler: Sampler, brief: Brief, size: int, batch: int = 50, seed: int =
     return torch.cat([sampler({k: v[i:i + batch] for k, v in brief.items()}, noise[i:i + batch]) for i in range(0, n, batch)])
 
 # %% ../../nbs/design/03a_generated.ipynb #b393ccef
-def sampling_cost(networks: Mapping[str, nn.Module], part: DecoderPart, brief: Brief, size: int, repeats: int = 3) -> dict[str, dict[str, Any]]:
+def sampling_cost(networks: Networks, part: DecoderPart, brief: Brief, size: int, repeats: int = 3) -> dict[str, dict[str, Any]]:
     """Row → parameters, evaluations and latency of a single design, speed-up over the teacher."""
     one, rows = {k: v[:1] for k, v in brief.items()}, samplers(networks, part)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    times = compare_latency({name: (lambda s=s: s(one, noise)) for name, (_, s, _) in rows.items()}, repeats=repeats, warmup=1)
+    times = compare_latency({name: partial(s, one, noise) for name, (_, s, _) in rows.items()}, repeats=repeats, warmup=1)
     first = next(iter(rows))
     return {name: {"params": parameters(networks["decoder"]), "evaluations": count, "fewer_evaluations": rows[first][2] / count, "latency_ms_b1": times[name]["median_ms"],
                    "speedup_b1": times[first]["median_ms"] / times[name]["median_ms"], "threads": times[name]["threads"], "device": device_name("cpu")} for name, (_, _, count) in rows.items()}
@@ -152,7 +153,7 @@ def sampling_cost(networks: Mapping[str, nn.Module], part: DecoderPart, brief: B
 MOST_FLOORS = 5.0    # how many times the distance of two halves of reality the decoder may be away
 
 
-def put_generated(card: Scorecard, networks: Mapping[str, nn.Module], made: DesignData, recipe: DesignRecipe, trained: Mapping[str, Mapping[str, float]] = {}) -> tuple[Audit, dict[str, dict[str, float]]]:
+def put_generated(card: Scorecard, networks: Networks, made: DesignData, recipe: DesignRecipe, trained: Mapping[str, Mapping[str, float]] = {}) -> tuple[Audit, dict[str, dict[str, float]]]:
     """Measure every sampler and control, put rows, checks, ceilings, criteria and pictures on the card; returns (audit, row → numbers)."""
     part, audited = recipe.decoder, Audit(networks[EXTRACTOR], made, recipe.decoder.samples)
     rows, price = samplers(networks, part), sampling_cost(networks, part, audited.brief, made.size)

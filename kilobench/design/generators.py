@@ -11,7 +11,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from ..core.recipe import seeded
 from ..core.run import Run
 from ..core.show import montage
@@ -20,7 +20,8 @@ from ..core.training import Split, Strips, fit, mix
 from .data import DesignData
 from .decoder import Denoiser, denoising_loss, sample
 from .distil import Near, SeenDistance, consistency_loss, halving_loss
-from .model import build
+from .model import Networks, UNet, build
+from .recipe import DesignRecipe
 
 # %% ../../nbs/design/02b_generators.ipynb #ddbeb4ab
 LABELS = ("goal", "format", "tone")
@@ -31,34 +32,34 @@ def brief_in(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: batch[k] for k in LABELS}
 
 # %% ../../nbs/design/02b_generators.ipynb #96425571
-Loss = Callable[[nn.Module, Mapping[str, Tensor]], dict[str, Tensor]]     # (network, batch) → named terms
+Loss = Callable[[Denoiser, Mapping[str, Tensor]], dict[str, Tensor]]     # (network, batch) → named terms
 
 
 @torch.no_grad()
-def held(loss: Loss, model: nn.Module, made: DesignData, n: int = 128) -> float:
+def held(loss: Loss, model: Denoiser, made: DesignData, n: int = 128) -> float:
     """The loss on (up to n) validation designs under fixed noise."""
     device = next(model.parameters()).device
     with seeded(0): return float(sum(loss(model, {k: v.to(device) for k, v in made.fetch(made.rows("val")[:n]).items()}).values()))
 
 
-def design_strip(made: DesignData, name: str, steps: int, weight: float, n: int = 6) -> Callable[[Mapping[str, nn.Module]], Any]:
+def design_strip(made: DesignData, name: str, steps: int, weight: float, n: int = 6) -> Callable[[Networks], Any]:
     """A painter for `Strips`: designs for the briefs of n validation designs."""
     batch = made.fetch(made.rows("val")[:n])
     noise = torch.randn(batch["image"].shape, generator=torch.Generator().manual_seed(0))
-    def paint(modules: Mapping[str, nn.Module]) -> Any:
-        model = modules[name]
+    def paint(modules: Networks) -> Any:
+        model: Denoiser = modules[name]
         device = next(model.parameters()).device
         made_now = sample(model, {k: v.to(device) for k, v in brief_in(batch).items()}, noise.to(device), steps, weight, model.kind)
         return montage({"real, same brief": batch["image"], name: made_now.cpu()}, size=0.9)
     return paint
 
 # %% ../../nbs/design/02b_generators.ipynb #ffd8c3a2
-def train_one_network(run: Run, name: str, model: Denoiser, loss: Loss, made: DesignData, part: str, steps: int, weight: float = 1.0, stop_at: int | None = None) -> Denoiser:
+def train_one_network(run: Run[DesignRecipe], name: str, model: Denoiser, loss: Loss, made: DesignData, part: str, steps: int, weight: float = 1.0, stop_at: int | None = None) -> Denoiser:
     """Train a generator by a part of the recipe; resumes by itself. steps, weight: of the pictures in its strips."""
     cfg = getattr(run.recipe, part)
     strips = Strips(max(1, cfg.steps // 3), design_strip(made, name, steps, weight))
-    fitted = fit(run, name, model, lambda modules, batch, _: loss(modules[name], batch), Split(made), cfg,
-                 evaluate=lambda modules: {"held_loss": held(loss, modules[name], made)}, metrics=("held_loss",), best="-held_loss", callbacks=[strips], stop_at=stop_at)
+    def evaluate(modules: Networks) -> dict[str, float]: return {"held_loss": held(loss, modules[name], made)}
+    fitted = fit(run, name, model, lambda modules, batch, _: loss(modules[name], batch), Split(made), cfg, evaluate=evaluate, metrics=("held_loss",), best="-held_loss", callbacks=[strips], stop_at=stop_at)
     return fitted.module
 
 # %% ../../nbs/design/02b_generators.ipynb #a43b9cb6
@@ -67,7 +68,7 @@ def rung_names(rungs: tuple[int, ...]) -> dict[str, int]:
     return {("few" if k == rungs[-1] else f"few-{k}"): k for k in rungs}
 
 
-def train_decoder(run: Run, made: DesignData) -> Denoiser:
+def train_decoder(run: Run[DesignRecipe], made: DesignData) -> Denoiser:
     """The diffusion teacher."""
     d, seed = run.recipe.decoder, run.recipe.seed
     with seeded(mix(seed, "weights", "decoder")): teacher = build("decoder", run.recipe)
@@ -75,27 +76,29 @@ def train_decoder(run: Run, made: DesignData) -> Denoiser:
     return train_one_network(run, "decoder", teacher, noisy, made, "denoise", min(8, d.steps), d.guidance)
 
 
-def train_generators(run: Run, made: DesignData, encoder: nn.Module) -> dict[str, Denoiser]:
+def train_generators(run: Run[DesignRecipe], made: DesignData, encoder: UNet) -> dict[str, Denoiser]:
     """{decoder, few, one}, trained, on the CPU; what is finished is loaded, what was begun goes on. In the encoder's maps the rungs are compared with their targets."""
     d, done = run.recipe.decoder, {"decoder": train_decoder(run, made)}
     near = seen_by(run, made, encoder)
     parent, weight = done["decoder"], d.guidance
     for name, steps in rung_names(d.rungs).items():
-        parent = train_one_network(run, name, copy_of(parent, run), halving(freeze(parent).to(run.device), steps, weight, near), made, "halve", steps)
+        freeze(parent).to(run.device)
+        parent = train_one_network(run, name, copy_of(parent, run), halving(parent, steps, weight, near), made, "halve", steps)
         weight = 1.0
     done["few"] = parent
-    done["one"] = train_one_network(run, "one", copy_of(parent, run), consistent(freeze(parent).to(run.device), d.rungs[-1]), made, "tune", 1)
+    freeze(parent).to(run.device)
+    done["one"] = train_one_network(run, "one", copy_of(parent, run), consistent(parent, d.rungs[-1]), made, "tune", 1)
     return {k: v.cpu() for k, v in done.items()}
 
 # %% ../../nbs/design/02b_generators.ipynb #4e73a46f
-def copy_of(parent: Denoiser, run: Run) -> Denoiser:
+def copy_of(parent: Denoiser, run: Run[DesignRecipe]) -> Denoiser:
     """A trainable network that starts where its parent ended."""
     student = build("few", run.recipe)
     student.load_state_dict(parent.state_dict())
     return student
 
 
-def seen_by(run: Run, made: DesignData, encoder: nn.Module) -> Near | None:
+def seen_by(run: Run[DesignRecipe], made: DesignData, encoder: UNet) -> Near | None:
     """The weighted distance in the encoder's maps; None where the recipe gives it no weight."""
     if not (weight := run.recipe.loss.seen): return None
     distance = SeenDistance(copy.deepcopy(encoder).to(run.device), made.fetch(made.rows("train")[:128])["image"].to(run.device))

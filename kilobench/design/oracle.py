@@ -9,12 +9,13 @@ __all__ = ['SCORES', 'HALVES_AT', 'LUMINANCE', 'DAMAGES', 'alignment_loss', 'ali
 
 # %% ../../nbs/design/00d_oracle.ipynb #3881cafd
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 import numpy as np
 from scipy.stats import kendalltau
 from .render import outline
-from .scene import COLOUR_ID, COLOURS, PRIORITY, RGB, SIDE, Element, Scene, beneath, colour_of, moved
+from .scene import COLOUR_ID, COLOURS, PRIORITY, RGB, SIDE, Element, Scene, beneath, colour_of, jittered, moved
 
 # %% ../../nbs/design/00d_oracle.ipynb #0fb10f33
 SCORES = ("alignment", "balance", "contrast", "hierarchy")
@@ -115,7 +116,7 @@ def grammar(scene: Scene) -> np.ndarray:
 def shuffled(scene: Scene, units: int, seed: int = 0) -> Scene:
     """Every element moved by up to that many units."""
     rng = np.random.default_rng([seed, scene.seed])
-    return replace_elements(scene, [moved(e, *rng.integers(-units, units + 1, 2), scene.artboard) for e in scene.elements])
+    return replace_elements(scene, [jittered(e, units, rng, scene.artboard) for e in scene.elements])
 
 
 def huddled(scene: Scene, units: int) -> Scene:
@@ -144,7 +145,8 @@ def replace_elements(scene: Scene, elements: Sequence[Element]) -> Scene:
     return replace(scene, elements=tuple(elements))
 
 # %% ../../nbs/design/00d_oracle.ipynb #e566ced7
-DAMAGES = {"alignment": (shuffled, (0, 1, 2, 4)), "balance": (huddled, (0, 2, 4, 8)), "contrast": (muted, (0.0, 0.4, 0.7, 1.0)), "hierarchy": (upside_down, (0.0, 0.3, 0.5, 0.8))}
+DAMAGES: dict[str, tuple[Callable[[Scene, Any], Scene], tuple[float, ...]]] = {
+    "alignment": (shuffled, (0, 1, 2, 4)), "balance": (huddled, (0, 2, 4, 8)), "contrast": (muted, (0.0, 0.4, 0.7, 1.0)), "hierarchy": (upside_down, (0.0, 0.3, 0.5, 0.8))}
 
 
 def damage_ladder(scenes: Sequence[Scene]) -> dict[str, list[float]]:

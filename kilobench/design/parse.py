@@ -45,7 +45,7 @@ def palette_of(colour: np.ndarray, ground: np.ndarray) -> str:
 def band_of(accent: np.ndarray, artboard: Box) -> tuple[str, int]:
     """(side, thickness in units) of the strip that fits a mask of the accent colour best."""
     strips = [(side, t) for side in SIDES for t in range(1, TONES + 1)]
-    return max(strips, key=lambda k: overlap(_mask(strip_of(*k, artboard)), accent))
+    return max(strips, key=lambda k: overlap(_mask(strip_of(k[0], k[1], artboard)), accent))
 
 
 def strip_of(side: str, t: int, artboard: Box) -> Box:

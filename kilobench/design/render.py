@@ -33,7 +33,7 @@ def ink(text: str, bold: bool, width: int, height: int) -> np.ndarray:
     """Coverage [height, width] in [0, 1] of a line of text that fills its box from edge to edge."""
     left, _, right, _ = font(bold).getbbox(text, anchor="ls")
     above, below = (_CAPITALS, 0) if text.isupper() else (_ASCENT, _DESCENT)
-    page = Image.new("L", (max(1, right - left), above + below), 0)
+    page = Image.new("L", (max(1, int(right - left)), above + below), 0)
     ImageDraw.Draw(page).text((-left, above), text, 255, font(bold), anchor="ls")
     return np.asarray(page.resize((width, height), Image.Resampling.BOX), np.float32) / 255
 

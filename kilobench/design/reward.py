@@ -24,6 +24,7 @@ from .decoder import Brief, Denoiser, guided
 from .distil import clean_guess, leap, step_times
 from .generated import FD, Audit, audit, draw, features_of, oracle_means
 from .generators import brief_in, copy_of
+from .model import Networks, UNet
 from .parse import parsed_scores
 from .recipe import DesignRecipe
 
@@ -59,7 +60,7 @@ def reward_loss(model: Denoiser, reference: Denoiser, judge: nn.Module, brief: B
 
 # %% ../../nbs/design/02c_reward.ipynb #98b5c4b5
 @torch.no_grad()
-def seen_both_ways(model: Denoiser, judge: nn.Module, auditor: nn.Module, brief: Brief, size: int, steps: int, real: Tensor) -> dict[str, float]:
+def seen_both_ways(model: Denoiser, judge: nn.Module, auditor: UNet, brief: Brief, size: int, steps: int, real: Tensor) -> dict[str, float]:
     """{proxy, oracle, gap, MMD} of designs for a brief, from fixed noise; real: the auditor's features [M, D] of real designs."""
     device = next(model.parameters()).device
     pictures = draw(lambda b, z: sampled(model, {k: v.to(device) for k, v in b.items()}, z.to(device), steps).cpu(), brief, size)
@@ -73,17 +74,17 @@ def believed(seen: Mapping[str, float], before: Mapping[str, float], most: float
     return seen["oracle"] if seen["MMD"] <= most * max(before["MMD"], 0.0) else 0.0
 
 
-def train_rewarded(run: Run, made: DesignData, few: Denoiser, judge: nn.Module, auditor: nn.Module, n: int = 64) -> Denoiser:
+def train_rewarded(run: Run[DesignRecipe], made: DesignData, few: Denoiser, judge: nn.Module, auditor: UNet, n: int = 64) -> Denoiser:
     """The few-step student fine-tuned for the reward, as far as the oracle follows on n validation briefs; else as it was."""
     cfg, steps = run.recipe.reward, run.recipe.decoder.rungs[-1]
-    reference, judge, auditor = freeze(few).to(run.device), freeze(judge).to(run.device), freeze(auditor).cpu()
+    for net, device in ((few, run.device), (judge, run.device), (auditor, torch.device("cpu"))): freeze(net).to(device)
     held = made.fetch(made.rows("val"))
     brief, real = {k: v[:n] for k, v in brief_in(held).items()}, features_of(auditor, held["image"])
-    def look(model: nn.Module) -> dict[str, float]: return seen_both_ways(model, judge, auditor, brief, made.size, steps, real)
-    before = look(reference)
-    def loss(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], _: int) -> dict[str, Tensor]:
-        return reward_loss(modules["rewarded"], reference, judge, brief_in(batch), torch.randn_like(batch["image"]), steps, run.recipe.loss.stay)
-    def evaluate(modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    def look(model: Denoiser) -> dict[str, float]: return seen_both_ways(model, judge, auditor, brief, made.size, steps, real)
+    before = look(few)
+    def loss(modules: Networks, batch: Mapping[str, Tensor], _: int) -> dict[str, Tensor]:
+        return reward_loss(modules["rewarded"], few, judge, brief_in(batch), torch.randn_like(batch["image"]), steps, run.recipe.loss.stay)
+    def evaluate(modules: Networks) -> dict[str, float]:
         seen = look(modules["rewarded"])
         return seen | {"believed": believed(seen, before)}
     fitted = fit(run, "rewarded", copy_of(few, run), loss, Split(made), cfg, evaluate=evaluate, metrics=("proxy", "oracle", "gap", "MMD", "believed"), best="believed")
@@ -96,13 +97,13 @@ def train_rewarded(run: Run, made: DesignData, few: Denoiser, judge: nn.Module, 
 DECISION = "rewarded.json"
 
 
-def load_rewarded(run: Run, few: Denoiser) -> Denoiser:
+def load_rewarded(run: Run[DesignRecipe], few: Denoiser) -> Denoiser:
     """The checkpoint that the oracle liked best, or the student itself where none was better."""
     taken = read_json(run.path(DECISION))["accepted"]
     return load_fitted(run, "rewarded", copy_of(few, run), which="best").cpu() if taken else few
 
 # %% ../../nbs/design/02c_reward.ipynb #99e22422
-def gap_figure(run: Run) -> Any:
+def gap_figure(run: Run[DesignRecipe]) -> Any:
     """Proxy, oracle and their gap over the steps of the fine-tuning, from before its first; hollow: too far from real designs to be believed."""
     with style(): fig = new_figure(6, 2.4); ax = fig.subplots()
     history = pd.read_csv(run.path("metrics-rewarded.csv")).dropna(subset=["oracle"])
@@ -124,12 +125,12 @@ def norm_prior(noise: Tensor) -> Tensor:
 def ascend(model: Denoiser, judge: nn.Module, brief: Brief, noise: Tensor, steps: int, ascents: int, lr: float = 0.02) -> tuple[Tensor, Tensor]:
     """(pictures, proxies [B]) after that many steps of ascent on the noise [B, 3, H, W]; of each item the best step is kept."""
     z = noise.clone().requires_grad_()
-    optimiser, top, kept = torch.optim.Adam([z], lr), torch.full((len(z),), -torch.inf), None
+    optimiser, top, kept = torch.optim.Adam([z], lr), torch.full((len(z),), -torch.inf), torch.empty(0)
     for k in range(ascents + 1):
         pictures = sampled(model, brief, z, steps)
         liked = proxy(judge, pictures)
         better = liked.detach() > top
-        kept = pictures.detach().clone() if kept is None else torch.where(better[:, None, None, None], pictures.detach(), kept)
+        kept = pictures.detach().clone() if k == 0 else torch.where(better[:, None, None, None], pictures.detach(), kept)
         top = torch.where(better, liked.detach(), top)
         if k == ascents: break
         optimiser.zero_grad()
@@ -159,16 +160,16 @@ def innovate(model: Denoiser, judge: nn.Module, brief: Brief, size: int, steps: 
     return ascend(model, judge, brief, noise, steps, ascents)
 
 # %% ../../nbs/design/02c_reward.ipynb #121d4b6c
-def duel(model: Denoiser, judge: nn.Module, auditor: nn.Module, brief: Brief, size: int, steps: int, draws: int = 15, ascents: int = 5) -> dict[str, Any]:
+def duel(model: Denoiser, judge: nn.Module, auditor: UNet, brief: Brief, size: int, steps: int, draws: int = 15, ascents: int = 5) -> dict[str, Any]:
     """Draws and ascent against draws alone at equal evaluations: {wins, wins_proxy, draws, found: {innovation, best of N: {pictures, proxy, oracle}}}."""
     n = draws + 3 * ascents + 1
     both = {"innovation": innovate(model, judge, brief, size, steps, draws, ascents), "best of N": best_of(model, judge, brief, size, steps, n)[:2]}
-    found = {name: {"pictures": pictures, "proxy": liked.numpy(), "oracle": np.array([parsed_scores(s).mean() for s in audit(auditor, pictures)[1]])} for name, (pictures, liked) in both.items()}
+    found: dict[str, dict[str, Any]] = {name: {"pictures": pictures, "proxy": liked.numpy(), "oracle": np.array([parsed_scores(s).mean() for s in audit(auditor, pictures)[1]])} for name, (pictures, liked) in both.items()}
     ours, theirs = found["innovation"], found["best of N"]
     return {"wins": float((ours["oracle"] > theirs["oracle"]).mean()), "wins_proxy": float((ours["proxy"] > theirs["proxy"]).mean()), "draws": n, "found": found}
 
 # %% ../../nbs/design/02c_reward.ipynb #aec3b116
-def put_rewarded(card: Scorecard, networks: Mapping[str, nn.Module], judge: nn.Module, recipe: DesignRecipe, audited: Audit, few: Mapping[str, float], size: int) -> None:
+def put_rewarded(card: Scorecard, networks: Networks, judge: nn.Module, recipe: DesignRecipe, audited: Audit, few: Mapping[str, float], size: int) -> None:
     """Rows, criteria and pictures of fine-tuning and innovation; few: what `audited` measured of the student before."""
     part, steps, name = recipe.decoder, recipe.decoder.rungs[-1], f"few-step, {recipe.decoder.rungs[-1]}"
     found = audited.measure(draw(lambda b, z: sampled(networks["rewarded"], b, z, steps), audited.brief, size))

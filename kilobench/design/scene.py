@@ -8,7 +8,7 @@ __all__ = ['SIDE', 'COLOURS', 'COLOUR_NAMES', 'COLOUR_ID', 'RGB', 'PASTEBOARD', 
            'KEEP', 'TONES', 'FAVOURITE', 'WORDS', 'ADVANCE', 'Box', 'LAYOUTS', 'UNTIDY', 'UNTIDY_ODDS', 'MUST_SHOW',
            'colour_of', 'Element', 'Scene', 'band_thickness', 'goal_odds', 'guess_goal', 'ceilings', 'in_capitals',
            'split_box', 'Board', 'stack', 'ink', 'plated', 'hero', 'split', 'columns', 'grid', 'staggered', 'labels_of',
-           'traits_of', 'moved', 'beneath', 'hidden', 'draw_scene', 'check_labels', 'to_json', 'from_json',
+           'traits_of', 'moved', 'jittered', 'beneath', 'hidden', 'draw_scene', 'check_labels', 'to_json', 'from_json',
            'check_scene']
 
 # %% ../../nbs/design/00b_scene.ipynb #405ee4a3
@@ -133,8 +133,9 @@ def goal_odds() -> np.ndarray:
 
 def guess_goal(scene: Scene) -> str:
     """The likeliest goal for a design's cues: the Bayes classifier."""
-    at = tuple(options.index(getattr(scene, cue)) for cue, options in CUES.items())
-    return GOALS[int(goal_odds()[(slice(None), *at)].argmax())]
+    at = [options.index(getattr(scene, cue)) for cue, options in CUES.items()]
+    place: tuple[slice | int, ...] = (slice(None), *at)
+    return GOALS[int(goal_odds()[place].argmax())]
 
 # %% ../../nbs/design/00b_scene.ipynb #f3c76fcc
 def ceilings() -> dict[str, float]:
@@ -339,10 +340,16 @@ def moved(element: Element, dx: int, dy: int, artboard: Box) -> Element:
     return replace(element, x=int(np.clip(element.x + dx, x, x + w - element.w)), y=int(np.clip(element.y + dy, y, y + h - element.h)))
 
 
+def jittered(element: Element, most: int, rng: np.random.Generator, artboard: Box) -> Element:
+    """An element moved by up to `most` whole units in each direction."""
+    dx, dy = rng.integers(-most, most + 1, 2)
+    return moved(element, dx, dy, artboard)
+
+
 def _untidy(elements: Sequence[Element], artboard: Box, seed: int, attempt: int) -> list[Element]:
     most = int(_stream(seed, 5).choice(UNTIDY, p=UNTIDY_ODDS))
     rng = _stream(seed, 6, attempt)
-    return [moved(e, *rng.integers(-most, most + 1, 2), artboard) if rng.random() < 0.75 else e for e in elements]
+    return [jittered(e, most, rng, artboard) if rng.random() < 0.75 else e for e in elements]
 
 # %% ../../nbs/design/00b_scene.ipynb #0f8040a9
 def beneath(scene: Scene, i: int) -> str:
@@ -384,7 +391,8 @@ def draw_scene(seed: int, goal: str = "", format: str = "", tone: float | None =
     artboard = ((SIDE - bw) // 2, (SIDE - bh) // 2, bw, bh)
     tidy, skeleton = _laid_out(seed, traits, artboard)
     badge = _badge(traits, _content(artboard, traits["side"]), seed)
-    scene = Scene(seed, goal, format, tone, *(traits[c] for c in CUES), artboard, (), skeleton)
+    palette, family, side, badge_form = (traits[c] for c in CUES)
+    scene = Scene(seed, goal, format, tone, palette, family, side, badge_form, artboard, (), skeleton)
     for attempt in range(8):
         scene = replace(scene, elements=(*_untidy(tidy, artboard, seed, attempt), *badge))
         if not (bad := hidden(scene)): return scene

@@ -10,7 +10,7 @@ __all__ = ['WATCHED', 'BEST', 'PARTS', 'EXPORTED', 'composite_loss', 'answer_los
 # %% ../../nbs/design/02_train.ipynb #87ba5e77
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..core.teacher import freeze
 from ..core.training import Fitted, Split, Strips, fit, load_fitted, mix
 from .data import DesignData, data
 from .generators import train_generators
-from .model import AUDITOR, NETWORKS, Teachers, build, by_rule, check_sizes, decided, names_of, soft
+from .model import AUDITOR, NETWORKS, Networks, Teachers, build, by_rule, check_sizes, decided, names_of, soft
 from .oracle import SCORES
 from .recipe import DesignRecipe, LossPart
 from .render import COLOUR, LEVEL, expected_hierarchy, harden, layers, level_numbers, structure_pictures
@@ -44,7 +44,8 @@ def answer_loss(answers: Mapping[str, Tensor], batch: Mapping[str, Tensor], part
     """{goal, format, tone, grammar}, weighted; the labels count for the first `labelled` items (None: all), the scores for every item."""
     n = slice(0, labelled)
     score = lambda: sum(F.smooth_l1_loss(answers[k], batch["grammar"], beta=0.1) for k in (("felt", "mended") if "felt" in answers else ("grammar",)))
-    terms = {"goal": (part.goal, lambda: F.cross_entropy(answers["goal"][n], batch["goal"][n])), "format": (part.format, lambda: F.cross_entropy(answers["format"][n], batch["format"][n])),
+    terms: dict[str, tuple[float, Callable[[], Any]]] = {
+             "goal": (part.goal, lambda: F.cross_entropy(answers["goal"][n], batch["goal"][n])), "format": (part.format, lambda: F.cross_entropy(answers["format"][n], batch["format"][n])),
              "tone": (part.tone, lambda: l2(answers["tone"][n], batch["tone"][n])),
              "grammar": (part.grammar, score)}
     return {name: weight * loss() for name, (weight, loss) in terms.items() if weight}
@@ -74,7 +75,7 @@ def student_loss(student: nn.Module, batch: Mapping[str, Tensor], part: LossPart
     n = max(1, round(part.taught * len(logits))) if teachers is not None and part.teach else 0
     share = part.teach * n / len(logits)
     terms = {k: (1 - share) * v for k, v in (composite_loss(logits, batch["structure"], part) | answer_loss(answers, batch, part)).items()}
-    if not n: return terms
+    if not n or teachers is None: return terms
     with torch.no_grad(): taught, said = teachers(batch["image"][:n])
     return terms | {k: share * v for k, v in teach_loss(logits[:n], {k: v[:n] for k, v in answers.items()}, taught, said, part).items()}
 
@@ -101,25 +102,26 @@ WATCHED["auditor"], BEST["auditor"] = WATCHED["encoder"], BEST["encoder"]
 PARTS = {"auditor": "audit", "encoder": "train", "abstractor": "judge", "compact": "distil", "alone": "baseline"}   # of the recipe
 
 # %% ../../nbs/design/02_train.ipynb #5500b3f8
-def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Mapping[str, nn.Module]], Any]:
+def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Networks], Any]:
     """A painter for `Strips`: validation pictures, their declared colours, and what the network reads."""
     batch = made.fetch(made.rows("val")[:n])
     colours = lambda s: [structure_pictures(v)["colour"] for v in s]
     @torch.no_grad()
-    def paint(modules: Mapping[str, nn.Module]) -> Any:
+    def paint(modules: Networks) -> Any:
         logits = modules[name](batch["image"].to(next(modules[name].parameters()).device))
         read = harden(soft(logits if isinstance(logits, Tensor) else logits[0]).cpu())
         return montage({"picture": batch["image"], "oracle": colours(batch["structure"]), name: colours(read)}, size=0.9)
     return paint
 
 # %% ../../nbs/design/02_train.ipynb #b8a337c8
-def step_of(run: Run, name: str, others: nn.Module | None) -> Callable[[Mapping[str, nn.Module], Mapping[str, Tensor], int], dict[str, Tensor]]:
+def step_of(run: Run[DesignRecipe], name: str, others: nn.Module | None) -> Callable[[Networks, Mapping[str, Tensor], int], dict[str, Tensor]]:
     """The loss of one training as `fit` wants it: (modules, batch, step) → terms. `others`: the encoder for the abstractor, the teachers for the compact student."""
     part, seed, rules = run.recipe.loss, run.recipe.seed, run.recipe.resnet.rules
     if name in ("encoder", AUDITOR): return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
     if name != "abstractor": return lambda modules, batch, _: student_loss(modules[name], batch, part, others)
 
-    def step(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], at: int) -> dict[str, Tensor]:
+    assert others is not None     # the abstractor reads what the encoder reads
+    def step(modules: Networks, batch: Mapping[str, Tensor], at: int) -> dict[str, Tensor]:
         """The abstractor's."""
         n, exact = len(batch["goal"]), batch["structure"]
         a, b = n // 3, n - n // 3      # read by the encoder | exact | exact and turned
@@ -130,14 +132,14 @@ def step_of(run: Run, name: str, others: nn.Module | None) -> Callable[[Mapping[
     return step
 
 # %% ../../nbs/design/02_train.ipynb #2bc1d688
-def train_network(run: Run, name: str, made: DesignData, others: nn.Module | None = None, stop_at: int | None = None) -> Fitted:
+def train_network(run: Run[DesignRecipe], name: str, made: DesignData, others: nn.Module | None = None, stop_at: int | None = None) -> Fitted:
     """Train one of the NETWORKS by its part of the recipe; resumes by itself. Its checkpoints: checkpoints/<name>."""
     cfg = getattr(run.recipe, PARTS[name])
     with seeded(mix(run.recipe.seed, "weights", name)): model = build(name, run.recipe)     # the same, whatever was trained before
     if others is not None: freeze(others).to(run.device)
     rows = made.rows("val")
 
-    def evaluate(modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    def evaluate(modules: Networks) -> dict[str, float]:
         scores = read_split(reader_of(name, modules[name]), made, rows)
         return {k: scores[k] for k in WATCHED[name]}
 
@@ -146,13 +148,13 @@ def train_network(run: Run, name: str, made: DesignData, others: nn.Module | Non
                hold_norms=run.recipe.hold_norms if name in ("encoder", AUDITOR) else 1.0)     # compact networks train too briefly; the abstractor was not tried
 
 # %% ../../nbs/design/02_train.ipynb #847eb489
-def save_trained(path: Path, name: str, model: nn.Module, recipe: DesignRecipe, dtype: str = "fp16") -> Path:
+def save_trained(path: Path, name: str, model: nn.Module, recipe: DesignRecipe, dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
     """Write a network with what builds it again as one safetensors file."""
     parts = {k: v for k, v in recipe.flat().items() if k.split(".")[0] in ("unet", "resnet", "compact", "decoder")}
     return save_student(path, model, {"project": "design", "student": name, "size": recipe.data.size, "parts": parts}, dtype)
 
 
-def load_trained(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_trained(path: Path) -> tuple[Any, dict[str, Any]]:
     """(network in eval mode, its config) from a file that `save_trained` wrote; checksum verified."""
     state, config = load_student(path)
     with building(path, state, "network of the design project"):
@@ -161,7 +163,7 @@ def load_trained(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return fill(model, state, path).eval(), config
 
 # %% ../../nbs/design/02_train.ipynb #b7301c34
-def load_networks(run: Run) -> dict[str, nn.Module]:
+def load_networks(run: Run[DesignRecipe]) -> dict[str, Any]:
     """The trained networks of a run, averaged weights, eval mode, on the CPU."""
     done = {name: load_fitted(run, name, build(name, run.recipe)) for name in names_of(run.recipe) if name != "rewarded"}
     return done | ({"rewarded": load_rewarded(run, done["few"])} if run.recipe.decoder.generate else {})
@@ -170,14 +172,14 @@ def load_networks(run: Run) -> dict[str, nn.Module]:
 EXPORTED = (*NETWORKS, "few")      # the diffusion teacher and the one-step student stay with their run
 
 
-def made_by_training(run: Run) -> list[str]:
+def made_by_training(run: Run[DesignRecipe]) -> list[str]:
     """What the stage leaves in the run folder."""
     names = names_of(run.recipe)
     return [f"checkpoints/{n}/last" for n in names] + [f"export/{n}.safetensors" for n in names if n in EXPORTED] + [DECISION] * run.recipe.decoder.generate
 
 
 @stage(makes=made_by_training, load=load_networks)
-def train(run: Run) -> None:
+def train(run: Run[DesignRecipe]) -> None:
     """Train encoder and abstractor, the compact student with them and without; then the decoder and its students of few steps."""
     check_sizes(run.recipe)
     made, done = data(run), {}
