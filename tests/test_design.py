@@ -535,7 +535,7 @@ def test_a_run_has_every_row_its_controls_and_its_ceilings(run):
 
 def test_what_the_reward_brought_is_taken_only_where_it_is_believed(run):
     said, seen = json.loads(run.path("rewarded.json").read_text()), pd.read_csv(run.path("metrics-rewarded.csv")).dropna(subset=["oracle"])
-    assert set(said["before"]) == {"proxy", "oracle", "gap", "MMD"} and said["best"] == pytest.approx(seen["believed"].max()) and said["accepted"] == (said["best"] > said["before"]["oracle"])
+    assert set(said["before"]) == {"proxy", "oracle", "gap", "FD"} and said["best"] == pytest.approx(seen["believed"].max()) and said["accepted"] == (said["best"] > said["before"]["oracle"])
     for _, row in seen.iterrows(): assert row["believed"] == believed(row, said["before"])
     networks = train(run)
     kept = all(torch.equal(a, b) for a, b in zip(networks["rewarded"].state_dict().values(), networks["few"].state_dict().values()))

@@ -1,4 +1,6 @@
 """The design decoder: conditions are read, each through its own token; schedules, guidance and sampling are what they say."""
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,8 +13,9 @@ from kilobench.design.distil import SeenDistance, clean_guess, consistency_loss,
 from kilobench.design.generated import HARMS, fidelity, oracle_means
 from kilobench.design.model import UNet
 from kilobench.design.parse import RULED, is_design, parse, parsed_scores, ruled
-from kilobench.design.render import render
-from kilobench.design.reward import ascend, believed, best_of, duel, innovate, norm_prior, reward_loss, sampled
+from kilobench.design.recipe import LossPart
+from kilobench.design.render import COLOUR, LAYERS, LEVEL, render
+from kilobench.design.reward import ascend, believed, best_of, duel, innovate, norm_prior, reward_loss, sampled, unsure
 from kilobench.design.scene import FORMATS, GOALS, SIDE, draw_scene
 from kilobench.design.steering import another, same, shows
 
@@ -375,8 +378,20 @@ def test_shows_and_same_read_labels():
 # ---- reward: fine-tuning and search
 
 class Bright(torch.nn.Module):
-    """A judge that likes bright pictures: all four scores are the mean brightness."""
-    def forward(self, pictures): return None, {"grammar": pictures.mean((1, 2, 3))[:, None].expand(-1, 4)}
+    """A judge that likes bright pictures and is sure of all: its four scores are the mean brightness."""
+    def forward(self, pictures):
+        logits = torch.full((len(pictures), LAYERS, 2, 2), -100.0)
+        logits[:, [COLOUR.start, LEVEL.start]] = 100.0
+        return logits, {"grammar": pictures.mean((1, 2, 3))[:, None].expand(-1, 4)}
+
+
+class Torn(torch.nn.Module):
+    """A judge that has no liking, and is the surer the darker a picture is."""
+    def forward(self, pictures):
+        logits = torch.zeros(len(pictures), LAYERS, 64, 64)
+        shade = 8 * (1 - pictures.mean(1))
+        logits = logits + torch.zeros(LAYERS).index_fill(0, torch.tensor([COLOUR.start, LEVEL.start]), 1.0)[:, None, None] * shade[:, None]
+        return logits, {"grammar": torch.zeros(len(pictures), 4)}
 
 
 def test_few_steps_are_the_samplers(net):
@@ -436,21 +451,27 @@ def test_the_search_is_no_worse_than_its_draws(net):
 def test_fine_tuning_follows_the_reward_and_is_held_by_what_it_was(net):
     torch.manual_seed(0)
     reference, brief = Denoiser(net), {k: v.expand(4) for k, v in ONE.items()}
-    def tuned(stay):
+    def tuned(judge, stay):
         student = Denoiser(Decoder((16, 32, 32), context=16))
         student.load_state_dict(reference.state_dict())
         optimiser = torch.optim.Adam(student.parameters(), 1e-3)
         for k in range(6):
             optimiser.zero_grad()
-            sum(reward_loss(student, reference, Bright(), brief, noisy(4, k), 2, stay).values()).backward()
+            sum(reward_loss(student, reference, judge, brief, noisy(4, k), 2, LossPart(reward=1.0, stay=stay)).values()).backward()
             optimiser.step()
         with torch.no_grad(): return sampled(student, brief, noisy(4), 2)
     with torch.no_grad(): before = sampled(reference, brief, noisy(4), 2)
-    free, held = tuned(0.0), tuned(100.0)
+    free, held, surer = tuned(Bright(), 0.0), tuned(Bright(), 100.0), tuned(Torn(), 0.0)
     assert free.mean() > before.mean() and (held - before).abs().mean() < 0.5 * (free - before).abs().mean()
+    assert unsure(Torn()(surer)[0]).mean() < unsure(Torn()(before)[0]).mean() and surer.mean() < before.mean()
+
+
+def test_doubt_is_the_entropy_of_what_is_said():
+    nothing = torch.zeros(1, LAYERS, 4, 4)
+    assert unsure(nothing).item() == pytest.approx(2 * math.log(2) + math.log(COLOUR.stop - COLOUR.start) + math.log(LEVEL.stop - LEVEL.start), abs=1e-4)
+    assert unsure(Bright()(torch.rand(2, 3, 64, 64))[0]).abs().max() < 1e-4
 
 
 def test_the_oracle_is_believed_only_near_real_designs():
-    before = {"oracle": 0.3, "MMD": 0.04}
-    assert believed({"oracle": 0.4, "MMD": 0.06}, before) == 0.4 and believed({"oracle": 0.9, "MMD": 0.061}, before) == 0
-    assert believed({"oracle": 0.4, "MMD": -0.001}, before | {"MMD": -0.002}) == 0.4 and believed({"oracle": 0.4, "MMD": 0.001}, before | {"MMD": -0.002}) == 0
+    before = {"oracle": 0.3, "FD": 0.4}
+    assert believed({"oracle": 0.4, "FD": 0.6}, before) == 0.4 and believed({"oracle": 0.9, "FD": 0.601}, before) == 0

@@ -233,9 +233,9 @@ def _line(ax, x: pd.Series, y: pd.Series, name: str, smooth: int, colour: str) -
 def _spread(ax, labels: Sequence[Annotation], gap: float = 9) -> None:
     """Move the labels of lines that end together apart, downwards; gap in points."""
     above = np.inf
-    for y, label in sorted(((ax.transData.transform(v.xy)[1] * 72 / ax.figure.dpi, v) for v in labels), key=lambda p: -p[0]):
+    for y, text in sorted(((ax.transData.transform(v.xy)[1] * 72 / ax.figure.dpi, v) for v in labels), key=lambda p: -p[0]):
         above = min(y, above - gap)
-        label.set_position((0, above - y))
+        text.set_position((0, above - y))
 
 # %% ../../nbs/core/09_show.ipynb #973319ec
 def curve(history: Any, losses: Sequence[str] | None = None, metrics: Sequence[str] | None = None, smooth: int = 9,

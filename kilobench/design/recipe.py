@@ -81,6 +81,8 @@ class LossPart(Part):
     grammar: float = Field(10.0, ge=0, description="Huber error of the four scores, beyond 0.1 linear")
     paint: float = Field(0.3, ge=0, description="cross-entropy of the colours a decoder paints with (ours)")
     seen: float = Field(0.2, ge=0, description="distance of a few-step student's guess to its target in the encoder's maps (ours)")
+    reward: float = Field(0.1, ge=0, description="the judge's mean score of what the rewarded student draws, to be raised")
+    unsure: float = Field(1.0, ge=0, description="how unsure the encoder is of what the rewarded student draws, nats a pixel (ours)")
     stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
     taught: float = Field(1.0, gt=0, le=1, description="share of a batch's items to which the teachers answer; the rest has the truth alone")
