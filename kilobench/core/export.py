@@ -283,7 +283,7 @@ def _no_bars():
         with contextlib.redirect_stderr(held): yield
     finally:
         for line in re.split(r"[\r\n]+", held.getvalue()):
-            if line.strip() and not line.startswith(("Running MIL", "Converting PyTorch")): print(line, file=sys.stderr)
+            if line.strip() and not line.startswith(("Running MIL", "Running compression", "Converting PyTorch")): print(line, file=sys.stderr)
 
 # %% ../../nbs/core/11_export.ipynb #db940781
 def _traced(module: nn.Module, args: tuple, atol: float = 1e-4) -> torch.jit.ScriptModule:
@@ -343,7 +343,8 @@ def to_coreml(module: nn.Module, example: Any, path: str | Path, inputs: Sequenc
     kind = lambda a: np.float32 if a.is_floating_point() else np.int32
     module.eval()
     try:
-        with torch.no_grad(), _no_bars():
+        with torch.no_grad(), _no_bars(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, message=r".*LeafSpec.*")      # torch's exporter about torch's own tree
             rows = ct.RangeDim(1, max_batch, default=1) if max_batch > 1 else 1
             types = [ct.TensorType(name=n, shape=(rows, *a.shape[1:]), dtype=kind(a)) for n, a in zip(inputs, args)]
             model = ct.convert(_traced(module, args) if max_batch > 1 else _exported(module, args), inputs=types, outputs=[ct.TensorType(name=n, dtype=np.float32) for n in outputs],

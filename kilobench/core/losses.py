@@ -67,7 +67,7 @@ def ssim_loss(pred: Tensor, target: Tensor) -> Tensor:
 class RandomPerceptual(nn.Module):
     """Distance in a frozen random CNN: mean L2 of its features at 3 scales; (pred, target) [B, C, H, W] in [0, 1], H and W ≥ 8 → scalar.
 
-    Weights come from `seed` alone; the module adds nothing to a checkpoint. Source: the renderer seed's TinyRandNet."""
+    Weights come from `seed` alone; the module adds nothing to a checkpoint. Source: TinyRandNet, in the plan of the renderer project."""
 
     def __init__(self, channels: int = 3, seed: int = 0, width: int = 16):
         super().__init__()

@@ -37,7 +37,7 @@ class _Strict(BaseModel):
 
 
 class Row(_Strict):
-    """One line of the bench: a teacher, a student, a baseline (same size, not distilled) or a control (knows nothing)."""
+    """One line of the bench: a teacher, a student, a baseline (same size, not distilled) or a control (has learnt nothing)."""
     name: str
     role: Literal["teacher", "student", "baseline", "control"]
     metrics: dict[str, Value] = {}
@@ -701,7 +701,7 @@ by {{ b.test.margin }}{{ b.unit }}: the dashed line{{ ' at ' + b.hurdle_text if 
 {% endfor %}</tbody></table></div></section>{% endfor %}
 
 {% if metrics %}<section><h2>The bench</h2>
-<p class="note">The best of students and baselines is in blue. Controls know nothing of the input.</p>
+<p class="note">The best of students and baselines is in blue. Controls have learnt nothing: they ignore the input, or are the target itself out of place.</p>
 {% for sheet in metrics %}{{ bench(sheet, 'Metrics by split and row') }}{% endfor %}
 {% for r in remarks %}<p class="note">n/a: {{ r }}</p>{% endfor %}</section>{% endif %}
 
