@@ -8,6 +8,7 @@ __all__ = ['BARS', 'TRAININGS', 'role_of', 'control_frames', 'draw', 'score', 'l
 
 # %% ../../nbs/kilonerf/03_evaluate.ipynb #efb3c417
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 import pandas as pd
 import torch
@@ -39,7 +40,8 @@ def control_frames(white: Tensor, train_images: Tensor) -> dict[str, Tensor]:
 def draw(student: KiloStudent, cameras: Sequence[Camera]) -> Frame:
     """All frames of a student, on the CPU: rgb (premultiplied), alpha, depth [N, …]."""
     frames = [render_frame(student, c) for c in cameras]
-    return Frame(*(torch.stack([getattr(f, k).cpu() for f in frames]) for k in ("rgb", "alpha", "depth")), None)
+    stack = lambda field: torch.stack([getattr(f, field).cpu() for f in frames])
+    return Frame(stack("rgb"), stack("alpha"), stack("depth"), None)
 
 # %% ../../nbs/kilonerf/03_evaluate.ipynb #f8547d2c
 def score(pred: Tensor, teacher: Tensor, photo: Tensor | None, mask: Tensor) -> dict[str, Any]:
@@ -61,7 +63,7 @@ def costs(made: SceneData, students: Mapping[str, KiloStudent], repeats: int = 5
     """Row → cost: parameters, size, FLOPs (students), latency of a full frame (batch 1) and frames per second; on NVIDIA also power and memory."""
     camera = made.cameras("test")[len(made.cameras("test")) // 3]
     calls: dict[str, Callable[[], Any]] = {"teacher": lambda: render_splats(made.splats, camera)}
-    calls |= {name: (lambda s=s: render_frame(s, camera)) for name, s in students.items()}
+    calls |= {name: partial(render_frame, s, camera) for name, s in students.items()}
     rows: dict[str, dict[str, Any]] = {name: {"params": parameters(s), "size_mb": size_on_disk(s) / 1e6, "flops": frame_flops(s, camera)} for name, s in students.items()}
     s = made.splats
     numbers = sum(t.numel() for t in (s.means, s.log_scales, s.quats, s.opacity_logits, s.sh))
@@ -103,7 +105,7 @@ TRAININGS = {"kilo": ("warm", "student", "finetune"), "baseline": ("baseline",)}
 
 # %% ../../nbs/kilonerf/03_evaluate.ipynb #9f96b2d3
 @stage(makes=["parts/evaluate.json", "summary.csv"], load=rebuild)
-def evaluate(run: Run) -> None:
+def evaluate(run: Run[KilonerfRecipe]) -> None:
     """Render every test pose with every row, measure against teacher and photographs, and write the scorecard."""
     students, made, recipe = train(run), data(run), run.recipe
     index = evenly(range(len(made.cameras("test"))), recipe.eval_frames)
@@ -150,6 +152,6 @@ def summary(report: Report, recipe: KilonerfRecipe) -> pd.DataFrame:
         get = lambda k, r=r: r.metrics.get(f"{k}/teacher", r.metrics.get(f"{k}/photo"))
         lp, peak = r.metrics.get("lpips_alex"), r.cost.get("peak_memory_mb")
         rows[r.name] = {"PSNR": get("psnr"), "SSIM": get("ssim"), "LPIPS (alex)": lp if isinstance(lp, float) else None, "FPS": r.cost.get("fps"),
-                        "GPU peak GiB": peak / 1024 if peak else None, "power W": r.cost.get("mean_power_w"),
+                        "GPU peak GiB": peak / 1024 if isinstance(peak, (int, float)) and peak else None, "power W": r.cost.get("mean_power_w"),
                         "steps": {"kilo": recipe.train.steps, "baseline": recipe.baseline.steps}.get(r.name)}
     return pd.DataFrame(rows).T

@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from .data import SceneData, data
 from .grouped import grouped_linear, sort_by_cell
 from .rays import Occupancy, Samples, blurred, composite, march, render_waves
 from .rasteriser import LOWPASS, Frame
-from .recipe import FeaturePart, StudentPart
+from .recipe import FeaturePart, KilonerfRecipe, StudentPart
 from .splats import Splats
 
 # %% ../../nbs/kilonerf/01_model.ipynb #57f7b7fb
@@ -177,6 +177,7 @@ class Apart(NamedTuple):
 # %% ../../nbs/kilonerf/01_model.ipynb #2b9febec
 class KiloField(nn.Module):
     """gx·gy·gz MLPs over a box: (x [M, 3], d [M, 3] unit) → Answer. `step`: distance between samples, scene units. `cut`: a cell that is switched off."""
+    box: Tensor    # [2, 3] low and high corner
 
     def __init__(self, box: Tensor, part: StudentPart, step: float):
         super().__init__()
@@ -269,6 +270,7 @@ class KiloStudent(nn.Module):
 # %% ../../nbs/kilonerf/01_model.ipynb #3a87c7fe
 class FeatureProjector(nn.Module):
     """(student features [M, hidden], teacher features [M, C]) → both in the space of comparison, [M, K] each."""
+    turn: Tensor   # [C, K], fixed
 
     def __init__(self, hidden: int, channels: int, part: FeaturePart):
         super().__init__()
@@ -348,7 +350,7 @@ def weight_map(student: KiloStudent, camera: Camera, frame: Frame) -> Tensor:
     return (largest.view(1, camera.height, camera.width) * (frame.alpha.cpu() > 0.5)).clamp(0, 1)
 
 # %% ../../nbs/kilonerf/01_model.ipynb #d3d7df95
-def save_trained(path: Path, student: KiloStudent, name: str, dtype: str = "fp16") -> Path:
+def save_trained(path: Path, student: KiloStudent, name: str, dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
     """Write a student with its occupancy and sizes as one safetensors file."""
     bits = torch.from_numpy(np.packbits(student.occupancy.grid.cpu().numpy()))
     config = {"project": "kilonerf", "student": name, "part": student.part.model_dump(mode="json"), "box": student.field.box.tolist(), "occupancy": list(student.occupancy.grid.shape)}
@@ -366,7 +368,8 @@ def load_trained(path: Path) -> KiloStudent:
         if box.shape != (2, 3) or not (box[1] > box[0]).all() or not box.isfinite().all(): raise UserError(f"its box is {str(config['box'])[:80]}")
         grid = np.unpackbits(bits.numpy(), count=math.prod(shape)).astype(bool).reshape(shape)
         student = KiloStudent(part, Occupancy(box, torch.from_numpy(grid)))
-    return fill(student, state, path).eval()
+    fill(student, state, path)
+    return student.eval()
 
 # %% ../../nbs/kilonerf/01_model.ipynb #6e7f1bbd
 def seen_splats(made: SceneData) -> Splats:
@@ -392,7 +395,7 @@ def photo_occupancy(made: SceneData) -> Occupancy:
 
 # %% ../../nbs/kilonerf/01_model.ipynb #c11255f7
 @stage(makes=["models.json"])
-def model(run: Run) -> dict[str, Any]:
+def model(run: Run[KilonerfRecipe]) -> dict[str, Any]:
     """State size and cost of the student at this recipe: networks (all, and those with something in their cell), parameters, and FLOPs of a query, a ray and a frame."""
     made, part = data(run), run.recipe.student
     with seeded(run.recipe.seed): student = KiloStudent(part, teacher_occupancy(made))

@@ -420,4 +420,5 @@ def render_many(splats: Splats, cameras: Sequence[Any], features: Tensor | None 
     sizes = {(c.width, c.height) for c in cameras}
     if len(sizes) != 1: raise UserError(f"render_many: {f'cameras of {len(sizes)} sizes {sorted(sizes)[:3]}' if sizes else 'no camera'}; expected one or more cameras of the same size")
     frames = [render_splats(splats, c, features, sh_degree, backend) for c in cameras]
-    return Frame(*(None if f[0] is None else torch.stack(f) for f in zip(*frames)))
+    stack = lambda field: torch.stack([getattr(f, field) for f in frames])
+    return Frame(stack("rgb"), stack("alpha"), stack("depth"), None if features is None else stack("features"))
