@@ -162,7 +162,10 @@ class BrickModel:
     @cached_property
     def scene(self) -> tuple: return _grid(self.kind, self.shape)
     @cached_property
-    def bounds(self) -> np.ndarray: return np.stack([f(b, 0) for f, b in zip((np.min, np.max), _bounds(self.kind, self.shape))])
+    def bounds(self) -> np.ndarray:
+        """[2, 3] low and high corner."""
+        low, high = _bounds(self.kind, self.shape)
+        return np.stack([low.min(0), high.max(0)])
     @cached_property
     def key(self) -> str:
         """16 hex digits that change with anything a photograph depends on."""
@@ -370,7 +373,7 @@ class Bricks(Lattice):
     def rod(self, a: Sequence[float], b: Sequence[float], radius: float, colour: str, top: float | None = None, gloss: float = 1.0, seam: float = 0.0, part: str = "rod") -> None:
         """A round bar between lattice points a and b; radius in studs at a, `top` at b (default the same)."""
         p, q, top = self.at(*a), self.at(*b), radius if top is None else top
-        length = np.linalg.norm(q - p)
+        length = float(np.linalg.norm(q - p))
         if not length > 0 or min(radius, top) < 0 or not radius + top > 0:
             raise UserError(f"{part} from {tuple(a)} to {tuple(b)} of radius {radius} to {top}: expected two different points and radii of 0 or more, one above 0")
         self._add(ROUND, [*p, *((q - p) / length), length, radius * self.pitch, (top - radius) * self.pitch / length, 0], colour, gloss, seam, part)
@@ -379,7 +382,7 @@ class Bricks(Lattice):
         """An upright round brick or cone around (x, y), radius in studs at its foot and `top` at its head, h plates high."""
         self.rod((x, y, z), (x, y, z + h), radius, colour, top, gloss, 1.0, "round")
 
-    def fill(self, x: int, y: int, z: float, w: int, d: int, h: float, colour: str, unit: tuple[int, int] = (4, 2), **smooth: Any) -> None:
+    def fill(self, x: float, y: float, z: float, w: int, d: int, h: float, colour: str, unit: tuple[int, int] = (4, 2), **smooth: Any) -> None:
         """A layer of w × d studs laid of bricks of `unit` studs, every second row shifted by half; with `gloss=` or `part=` given, of smooth ones."""
         for row, j in enumerate(range(0, d, unit[1])):
             cuts = sorted({0, w, *range(unit[0] // 2 * (row % 2) or unit[0], w, unit[0])})
@@ -838,7 +841,8 @@ def pixel_at(size: int) -> float:
 def cover_patches(cells: Patches, sh: Tensor, how: Cover = Cover(), size: int = 200) -> Splats:
     """Patches and their SH [N, K, 3] as Gaussians, made for photographs of `size` pixels a side."""
     mean, scales, R, opacity = _gaussians(cells, how, pixel_at(size))
-    return Splats(*(torch.from_numpy(np.ascontiguousarray(x, np.float32)) for x in (mean, np.log(scales), _quaternions(R), np.log(opacity / (1 - opacity)))), sh)
+    single = lambda x: torch.from_numpy(np.ascontiguousarray(x, np.float32))
+    return Splats(single(mean), single(np.log(scales)), single(_quaternions(R)), single(np.log(opacity / (1 - opacity))), sh)
 
 # %% ../../nbs/kilonerf/00e_bricks.ipynb #81a8ba2b
 def _spacing(model: BrickModel, n: int) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from PIL import Image
@@ -84,7 +84,7 @@ class Camera:
 Size = int | tuple[int, int] | None
 
 
-def _frame(size: Size, full: tuple[int, int]) -> tuple[int, int]:
+def _frame(size: Size | tuple[float, float], full: tuple[int, int]) -> tuple[int, int]:
     """(width, height) in pixels that `size` asks of a frame of `full` (width, height)."""
     w, h = full if size is None else size if isinstance(size, (tuple, list)) else (size, max(1, round(full[1] * size / full[0])))
     if any(int(v) != v or not 1 <= v <= MAX_SIDE for v in (w, h)): raise UserError(f"size {size}: expected a width or (width, height), whole pixels in 1…{MAX_SIDE}")
@@ -243,7 +243,7 @@ def read_transforms(folder: str | Path, split: str, size: Size = None, images: b
             at = f"{folder / f'transforms_{split}.json'}: frame {i}"
             file = _picture(folder, f["file_path"])
             if (twin := seen.setdefault(file, i)) != i: raise UserError(f"names the same picture as frame {twin} ({file.name}); one of the poses is wrong")
-            got = _header(file, alpha) if images else full
+            got = _header(file, alpha) if images or full is None else full
             if full is not None and got != full: raise UserError(f"{file}: {got[0]}×{got[1]} pixels, the frames before (or w and h) say {full[0]}×{full[1]}; all must agree")
             full = got
             camera = Camera(f["transform_matrix"], *full, *_lens(d, full))
@@ -287,7 +287,7 @@ def test_path(n: int, radius: float = RADIUS, size: int | tuple[int, int] = 400,
     return [orbit(90 + 720 * i / n, 27.2 + 20 * math.cos(2 * math.pi * (i + 0.25) / n), radius, size, fov_x, target) for i in range(n)]
 
 
-test_path.__test__ = False    # pytest collects by name
+cast(Any, test_path).__test__ = False    # pytest collects by name
 
 # %% ../../nbs/kilonerf/00c_cameras.ipynb #ed859a88
 def _bearings(cameras: Sequence[Camera], target: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

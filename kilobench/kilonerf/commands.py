@@ -10,7 +10,7 @@ __all__ = ['STUDENTS', 'teacher_of', 'path_cameras', 'write_video', 'predict', '
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 import typer
 from ..core.cli import empty_folder, find_student, run_behind
 from ..core.recipe import UserError, nearest
@@ -42,10 +42,10 @@ def path_cameras(name: str, frames: int, size: int, radius: float, elevation: fl
 def write_video(path: Path, frames: Iterator[Any], fps: int) -> int:
     """Write [3, H, W] images in 0…1 as H.264 (x.mp4) or GIF, atomically; returns how many. The codec enlarges odd sides to even ones."""
     import imageio
-    options = {"format": "GIF", "duration": 1000 / fps, "loop": 0} if path.suffix.lower() == ".gif" else {"format": "FFMPEG", "fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2}
+    options: dict[str, Any] = {"format": "GIF", "duration": 1000 / fps, "loop": 0} if path.suffix.lower() == ".gif" else {"format": "FFMPEG", "fps": fps, "codec": "libx264", "quality": 8, "macro_block_size": 2}
     path.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    with atomic_path(path) as tmp, imageio.get_writer(tmp, **options) as video:
+    written, open_video = 0, cast(Any, imageio).get_writer     # by its own type it gives a reader too
+    with atomic_path(path) as tmp, open_video(tmp, **options) as video:
         for image in frames:
             video.append_data((image.clamp(0, 1).permute(1, 2, 0) * 255).round().byte().numpy())
             written += 1
@@ -146,7 +146,7 @@ def write_teacher(folder: Path, size: int | None = None) -> None:
         start = time.perf_counter()
         f = render_splats(splats, v.camera)
         spent += time.perf_counter() - start
-        write_teacher_frame(folder, i, torch.cat([f.rgb / f.alpha.clamp(min=1e-6), f.alpha]).clamp(0, 1), f.depth, read_rgba(v.file, size=v.camera.width))
+        write_teacher_frame(folder, i, torch.cat([f.rgb / f.alpha.clamp(min=1e-6), f.alpha]).clamp(0, 1), f.depth, read_rgba(v.file, size=v.camera.width) if v.file else None)
     write_teacher_stats(folder, splats_hash(splats), spent / len(views))
 
 # %% ../../nbs/kilonerf/05_commands.ipynb #76acb673

@@ -28,6 +28,7 @@ from .data import RaySet, SceneData, answers, data, evenly
 from .model import KiloStudent, render_frame, weight_map
 from .rasteriser import over, render_splats
 from .rays import Occupancy
+from .recipe import KilonerfRecipe
 from .splats import Splats, delete, fade, inside, move, recolour
 from .train import ray_step, train
 
@@ -93,9 +94,9 @@ class Asked:
 def edits_of(cells: Sequence[int]) -> Callable[[Asked], list[Edit]]:
     """Condition → its edits: each scene edit, each of `cells` switched off, two camera moves, and a full turn, which is a null edit."""
     def of(asked: Asked) -> list[Edit]:
-        out = [Edit(w, w.split()[0], lambda c, w=w: replace(c, scene=w), lambda c: replace(c, scene=asked.scene), target="scene") for w in (*EDITS, *(f"cell {k}" for k in cells))]
+        scene = lambda w: Edit(w, w.split()[0], lambda c: replace(c, scene=w), lambda c: replace(c, scene=asked.scene), target="scene")
         turn = lambda name, **by: Edit(name, "camera", lambda c: replace(c, **{k: getattr(c, k) + v for k, v in by.items()}), lambda c: replace(c, **{k: getattr(asked, k) for k in by}), target="camera")
-        return [*out, turn("turn by 15°", azimuth=15.0), turn("come nearer", radius=-0.4),
+        return [*map(scene, (*EDITS, *(f"cell {k}" for k in cells))), turn("turn by 15°", azimuth=15.0), turn("come nearer", radius=-0.4),
                 Edit("a full turn", "null", lambda c: replace(c, azimuth=c.azimuth + 360), lambda c: replace(c, azimuth=asked.azimuth), null=True)]
     return of
 
@@ -125,7 +126,7 @@ def touched(splats: Splats, what: str, box: Tensor, grid: Sequence[int]) -> Tens
     return torch.bincount(cell[cell >= 0], minlength=math.prod(grid)) > 0
 
 # %% ../../nbs/kilonerf/04_counterfactual.ipynb #ad7f0d55
-def follow(run: Run, made: SceneData, student: KiloStudent, what: str, stop_at: int | None = None) -> KiloStudent:
+def follow(run: Run[KilonerfRecipe], made: SceneData, student: KiloStudent, what: str, stop_at: int | None = None) -> KiloStudent:
     """The student after the recipe's `edit` steps on the edited teacher; "cell <k>" switches the network off instead, without training."""
     after = copy.deepcopy(student)
     if what.startswith("cell "):
@@ -182,7 +183,7 @@ def state_criteria(card: Scorecard, row: str) -> None:
 
 # %% ../../nbs/kilonerf/04_counterfactual.ipynb #fa691da7
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
-def counterfactual(run: Run) -> None:
+def counterfactual(run: Run[KilonerfRecipe]) -> None:
     """Ask teacher and student the same what-ifs, and put the answers on the scorecard."""
     students, made, card = train(run), data(run), Scorecard.part(run, "counterfactual")
     followed, cells = follow_all(run, made, students["kilo"])
@@ -195,7 +196,7 @@ def counterfactual(run: Run) -> None:
     card.write()
 
 
-def follow_all(run: Run, made: SceneData, student: KiloStudent) -> tuple[dict[str, KiloStudent], list[int]]:
+def follow_all(run: Run[KilonerfRecipe], made: SceneData, student: KiloStudent) -> tuple[dict[str, KiloStudent], list[int]]:
     """Scene edit → the student that followed it ("" the student itself), and the cells that are switched off."""
     cells = telling_cells(made, student.occupancy.box.cpu(), student.part.grid)
     return {"": student} | {w: follow(run, made, student, w) for w in (*EDITS, *(f"cell {k}" for k in cells))}, cells
@@ -209,17 +210,17 @@ def edit_sheet(condition: Asked, edits: Callable[[Asked], list[Edit]], teacher: 
 # %% ../../nbs/kilonerf/04_counterfactual.ipynb #b00a289c
 def explorer(made: SceneData | None, students: dict[str, KiloStudent] | None, needs: str = "", size: int = 160) -> Explorer:
     """Orbit sliders and an edit; teacher, student, difference, depth and seams follow. Without a scene there is no teacher; without students, `needs` says what to do."""
-    teacher = ask_teacher(made) if made else None
+    teacher, followed = ask_teacher(made) if made else None, students or {}
 
     def show(edit: str, azimuth: float, elevation: float, distance: float) -> dict[str, Any]:
         """What is shown for the controls' values."""
         asked = Asked("" if edit == "none" else edit, azimuth, elevation, distance, size)
-        frame = render_frame(students[asked.scene], asked.camera)
+        frame = render_frame(followed[asked.scene], asked.camera)
         got, far = over(frame.rgb, frame.alpha, 1.0).clamp(0, 1), frame.depth.max().clamp(min=1e-6)
-        own = {"student": got, "depth": frame.depth / far, "seams": weight_map(students[asked.scene], asked.camera, frame)}
+        own = {"student": got, "depth": frame.depth / far, "seams": weight_map(followed[asked.scene], asked.camera, frame)}
         if teacher is None: return own
         want = teacher([asked])[0]
         return {"teacher": want, "student": got, "difference ×4": diff_map(want, got)} | own | {"score": f"{psnr(got[None], want[None]).item():.1f} dB"}
 
-    controls = {"edit": ["none", *(w for w in students or {} if w)], "azimuth": (0, 360, 5, 40), "elevation": (-5, 85, 5, 25), "distance": (2.5, 6.0, 0.1, 4.0)}
+    controls = {"edit": ["none", *(w for w in followed if w)], "azimuth": (0, 360, 5, 40), "elevation": (-5, 85, 5, 25), "distance": (2.5, 6.0, 0.1, 4.0)}
     return Explorer(controls, show, needs=needs, title="Walk around it")

@@ -53,14 +53,14 @@ def ply_of(part: ScenePart) -> Path:
     return ply
 
 # %% ../../nbs/kilonerf/00_data.ipynb #811b56e7
-def scene_folder(run: Run) -> Path:
+def scene_folder(run: Run[KilonerfRecipe]) -> Path:
     """Where transforms, photographs and point_cloud.ply lie: in the folder of one's own, or in the cache of the brick model."""
     return Path(run.recipe.scene.folder) if run.recipe.scene.folder else run.cache("scene", "scene", extra={"maker": BRICKS})
 
 
-def make_scene(run: Run) -> None:
+def make_scene(run: Run[KilonerfRecipe]) -> None:
     """Photograph the brick model and write its Gaussians, unless the recipe names a scene of one's own; what is there is kept."""
-    part: ScenePart = run.recipe.scene
+    part = run.recipe.scene
     if part.folder or part.ply or (scene_folder(run) / "point_cloud.ply").exists(): return   # which is written last
     counts, model = {"train": part.train, "val": part.val, "test": part.test}, default_model()
     with folder_lock(scene_folder(run) / "build.lock", "scene", wait=True, children=False):
@@ -72,9 +72,9 @@ def evenly(items: Sequence[Any], n: int) -> list[Any]:
     return list(items) if len(items) <= n else [items[round(i)] for i in np.linspace(0, len(items) - 1, n)]
 
 
-def find_views(run: Run, folder: Path) -> dict[str, list[tuple[Camera, Path | None]]]:
+def find_views(run: Run[KilonerfRecipe], folder: Path) -> dict[str, list[tuple[Camera, Path | None]]]:
     """Split → (camera at the recipe's size, photograph or None) of each view; a folder without a val split gives an eighth of train to it."""
-    part: ScenePart = run.recipe.scene
+    part = run.recipe.scene
     if part.ply and not part.folder:
         box = tight_box(read_ply(part.ply))
         centre, reach = box.mean(0).tolist(), float((box[1] - box[0]).norm() / 2)
@@ -217,7 +217,7 @@ def photo_rays(made: SceneData, split: str = "train") -> RaySet:
 # %% ../../nbs/kilonerf/00_data.ipynb #bdf1cb37
 def check_data(card: Scorecard, made: SceneData) -> None:
     """Put checks and the ceiling on the card; poses always, photographs where there are any."""
-    recipe: KilonerfRecipe = made.recipe
+    recipe = made.recipe
     away, tests, centre = recipe.teacher.away, made.cameras("test"), made.box.mean(0).tolist()
     for name, cameras in (("teacher", made.poses()), ("training", made.cameras("train"))):
         leaks = pose_leaks(cameras, tests, away if name == "teacher" else 0.05, target=centre)
@@ -247,15 +247,16 @@ def check_photos(card: Scorecard, made: SceneData, white: Tensor) -> None:
     card.ceiling("psnr/photo", own, "the teacher's own PSNR against the test photographs; it binds its student, not the baseline, which learns from photographs")
 
 # %% ../../nbs/kilonerf/00_data.ipynb #1910a676
-def cache_of(run: Run) -> Path:
+def cache_of(run: Run[KilonerfRecipe]) -> Path:
     """Where photographs, frames and rays of this recipe are cached: a key over the recipe's parts and the files of a scene of one's own."""
-    part, extra = run.recipe.scene, {"maker": MAKER, "bricks": BRICKS}
+    part = run.recipe.scene
+    extra: dict[str, int | str] = {"maker": MAKER, "bricks": BRICKS}
     if part.folder or part.ply: extra["splats"] = hashlib.sha256(ply_of(part).read_bytes()).hexdigest()
     if part.folder: extra["folder"] = hashlib.sha256(repr(photograph_files(Path(part.folder))).encode()).hexdigest()
     return run.cache("teacher", "scene", "teacher", extra=extra)
 
 
-def load_data(run: Run) -> SceneData:
+def load_data(run: Run[KilonerfRecipe]) -> SceneData:
     """The scene of this run, after `make_scene`; the Gaussians have the recipe's SH degree, or their own if that is lower."""
     part, folder = run.recipe.scene, scene_folder(run)
     splats = read_ply(ply_of(part) if part.folder or part.ply else folder / "point_cloud.ply")
@@ -263,12 +264,12 @@ def load_data(run: Run) -> SceneData:
 
 # %% ../../nbs/kilonerf/00_data.ipynb #44748397
 @stage(makes=lambda run: [cache_of(run) / "frames-test", cache_of(run) / "rays", "parts/data.json"], load=load_data)
-def data(run: Run) -> None:
+def data(run: Run[KilonerfRecipe]) -> None:
     """Photograph the scene, ask the teacher from everywhere, check both, and put checks and ceiling on the scorecard."""
     make_scene(run)
     made, recipe = load_data(run), run.recipe
     if made.photographed:
-        files, side = [f for s in SPLITS for _, f in made.views[s]], made.cameras("test")[0].width
+        files, side = [f for s in SPLITS for _, f in made.views[s] if f], made.cameras("test")[0].width
         build_shards(made.cache / "photos", lambda rows: {"rgba": torch.stack([read_rgba(files[i], size=side) for i in rows])}, len(files), shard_size=100, store="uint8", progress=False)
     for split in ("test", "val"): frame_shards(made.cache / f"frames-{split}", made.splats, made.cameras(split))
     ray_shards(made.cache / "rays", made.splats, made.poses(), recipe.teacher, recipe.scene.seed)

@@ -232,8 +232,8 @@ def _rendered(render: Callable[[Camera], Tensor], cameras: Sequence[Camera], lik
 def axis_suspects(cameras: Sequence[Camera], render: Callable[[Camera], Tensor], like: Tensor) -> list[Suspect]:
     """Suspects that need the teacher at hand: each renders all `cameras` anew, once, whatever it is given."""
     if len(cameras) != len(like): raise UserError(f"doctor: {len(cameras)} cameras for {len(like)} renders; give one each")
-    again = {name: _rendered(render, [replace(c, c2w=turn(c.c2w)) for c in cameras], like) for name, (turn, _) in AXES.items()}
-    return [Suspect(name, lambda x, y, page, name=name: again[name], AXES[name][1]) for name in AXES]
+    instead = lambda turned: lambda x, y, page: turned
+    return [Suspect(name, instead(_rendered(render, [replace(c, c2w=turn(c.c2w)) for c in cameras], like)), remedy) for name, (turn, remedy) in AXES.items()]
 
 # %% ../../nbs/kilonerf/00d_doctor.ipynb #dd2aad84
 def contrast(x: Tensor, page: float = 1.0) -> Tensor:
@@ -257,8 +257,8 @@ def _page_db(x: Tensor, photos: Tensor, page: float) -> tuple[float, float]:
 def _order_suspect(bench: _Bench) -> Suspect | None:
     """The order in which renders fit photographs best, where that is nearly a permutation and mostly not the given one."""
     if (n := len(bench.x)) < 3: return None
-    small = [torch.nn.functional.adaptive_avg_pool2d(v, 24).flatten(1) for v in (bench.x, bench.y)]
-    best = torch.cdist(*small).argmin(0)                  # for each photograph the render that fits it
+    small = lambda v: torch.nn.functional.adaptive_avg_pool2d(v, 24).flatten(1)
+    best = torch.cdist(small(bench.x), small(bench.y)).argmin(0)                  # for each photograph the render that fits it
     own = torch.arange(n, device=best.device)
     if len(best.unique()) < 0.75 * n or (best != own).float().mean() < 0.5: return None
     pairs = ", ".join(f"{int(b)} → {int(i)}" for i, b in zip(own, best) if i != b)
@@ -360,11 +360,13 @@ def write_teacher_stats(folder: str | Path, splats_hash: str, seconds_per_frame:
     """Write teacher/transforms_test.json, photographs on white that are missing, and last render_stats.json; `size` (width, height): the renders', default the first
     render's. `splats_hash` is that of the splats that were rendered."""
     folder = Path(folder)
-    size = size or tuple(read_rgba(_teacher(folder, 0, "render")).shape[:0:-1])
+    if size is None:
+        _, H, W = read_rgba(_teacher(folder, 0, "render")).shape
+        size = W, H
     views = read_transforms(folder, "test", size)
     for i, v in enumerate(views):
         if not _teacher(folder, i, "render").exists(): raise UserError(f"{_teacher(folder, i, 'render')}: the render is missing; {len(views)} test poses must be rendered before the statistics are written")
-        if not (gt := _teacher(folder, i, "gt")).exists():
+        if v.file and not (gt := _teacher(folder, i, "gt")).exists():
             x = read_rgba(v.file, size)
             _save_png(gt, ((x[:3] * x[3:] + 1 - x[3:]) * 255).round().byte().permute(1, 2, 0).numpy())
     write_transforms(folder / "teacher", "test", [f"{i:05d}" for i in range(len(views))], [v.camera for v in views])
@@ -402,7 +404,8 @@ def _check_photographs(f: _Folder) -> str:
 
 def _check_stats(f: _Folder) -> str:
     file = f.path / "teacher" / "render_stats.json"
-    d, kinds = read_json(file, 1 << 20), {"frames": int, "width": int, "height": int, "background": str, "splats_hash": str, "seconds_per_frame": (int, float)}
+    kinds: dict[str, type | tuple[type, ...]] = {"frames": int, "width": int, "height": int, "background": str, "splats_hash": str, "seconds_per_frame": (int, float)}
+    d = read_json(file, 1 << 20)
     for k, kind in kinds.items():
         if not isinstance(d, dict) or not isinstance(d.get(k), kind) or isinstance(d[k], bool): raise UserError(f"{file}: the field {k} is missing or of another kind; write it with write_teacher_stats")
     if d["frames"] != f.frames: raise UserError(f"{file}: frames is {d['frames']}, expected {f.frames}")

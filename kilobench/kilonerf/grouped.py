@@ -242,13 +242,13 @@ def _forward(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | Non
     """Run `_chain` on checked float32 CPU tensors."""
     dims, words = [x.shape[1], *(w.shape[2] for w in weights)], lambda values: np.array(values, dtype=np.int64)
     x, weights = x.contiguous(), [w.contiguous() for w in weights]
-    biases = [torch.zeros(w.shape[0], w.shape[2]) if b is None else b.contiguous() for w, b in zip(weights, biases)]
+    shifts = [torch.zeros(w.shape[0], w.shape[2]) if b is None else b.contiguous() for w, b in zip(weights, biases)]
     y = torch.empty(len(x), dims[-1])
     tasks, _ = _tasks(offsets)
     workers = _workers(len(x) * sum(k * n for k, n in zip(dims, dims[1:])))
     room = 2 * BLOCK * max(dims) + sum(_up(k) * _up(n) for k, n in zip(dims, dims[1:]))
     scratch = torch.empty(workers * room)
-    _chain(x.data_ptr(), y.data_ptr(), words([w.data_ptr() for w in weights]), words([b.data_ptr() for b in biases]), words(dims), words(relus),
+    _chain(x.data_ptr(), y.data_ptr(), words([w.data_ptr() for w in weights]), words([b.data_ptr() for b in shifts]), words(dims), words(relus),
            tasks, words([0]), scratch.data_ptr(), room, workers)
     return y
 

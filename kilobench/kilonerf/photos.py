@@ -118,14 +118,14 @@ def train_teacher(photos: Path, out: Path, steps: int = 30_000, size: int | None
     """Gaussians for a NeRF-synthetic folder's train split, written to `out` as PLY; resumes from `out`.state where there is one."""
     need_gsplat()
     views = read_transforms(photos, "train", size=size)
-    training = SplatTraining([v.camera for v in views], torch.stack([read_rgba(v.file, size=views[0].camera.width) for v in views]), steps, n, seed)
+    training = SplatTraining([v.camera for v in views], torch.stack([read_rgba(v.file, size=views[0].camera.width) for v in views if v.file]), steps, n, seed)
     state = out.with_suffix(".state")
     if state.exists(): load_state(training, state)
     while training.step < steps:
         loss = training.run(training.step + 1000)
         save_state(training, state)
         print(f"teacher: step {training.step} of {steps}, {len(training.params['means']):,} Gaussians, loss {loss:.4f}", flush=True)
-    splats = as_splats(training.params)
+    splats = as_splats(dict(training.params.items()))
     write_ply(out, splats)
     state.unlink(missing_ok=True)
     return splats

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 import numpy as np
 import torch
 from numba import njit, prange
@@ -58,7 +58,8 @@ def grid_shape(box: Tensor, resolution: int) -> tuple[int, int, int]:
     """(X, Y, Z) cells of a box, `resolution` along its longest side, nearly cubes."""
     if not 1 <= int(resolution) <= MAX_RESOLUTION or resolution != int(resolution): raise UserError(f"occupancy: resolution {resolution}; expected a whole number of cells in 1…{MAX_RESOLUTION}")
     side = (box[1] - box[0]).double()
-    return tuple(max(1, math.ceil(float(s) - 1e-6)) for s in side / side.max() * resolution)
+    x, y, z = (max(1, math.ceil(float(s) - 1e-6)) for s in side / side.max() * resolution)
+    return x, y, z
 
 # %% ../../nbs/kilonerf/01b_rays.ipynb #19c2f957
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,7 @@ class _Cells:
     @cached_property
     def _copies(self) -> dict: return {}
 
-    def to(self, device: str | torch.device) -> "Occupancy":
+    def to(self, device: str | torch.device) -> Self:
         """The same on another device; a copy is made once and kept."""
         device = torch.device(device)
         if device.type == self.grid.device.type and device.index in (None, self.grid.device.index): return self

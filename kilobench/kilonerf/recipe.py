@@ -38,7 +38,7 @@ class TeacherPart(Part):
 
 # %% ../../nbs/kilonerf/00f_recipe.ipynb #734b29ea
 class StudentPart(Part):
-    """A grid of tiny MLPs, and how rays cross it. The defaults are the seed's network."""
+    """A grid of tiny MLPs, and how rays cross it. The defaults have the seed's grid and widths."""
     grid: tuple[int, int, int] = Field((6, 6, 6), description="cells along x, y, z")
     hidden: int = Field(128, ge=4, le=512, description="width of each MLP")
     layers: int = Field(4, ge=1, le=8, description="hidden layers before the density")

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 import numpy as np
 import torch
 from plyfile import PlyData, PlyElement, PlyListProperty, PlyParseError
@@ -197,13 +197,17 @@ def _open_plain(path: Path) -> BinaryIO:
     raise UserError(f"{path}: is not a file; expected a PLY of Gaussians, such as point_cloud/iteration_30000/point_cloud.ply")
 
 # %% ../../nbs/kilonerf/00a_splats.ipynb #d712ea72
-class PlyHeader(NamedTuple):
+@dataclass(frozen=True)
+class PlyHeader:
     """What a PLY promises: rows of the vertex element, its dtype (names in file order), text or binary, bytes of the header, whether other elements follow."""
     count: int
     dtype: np.dtype
     text: bool
     size: int
     more: bool
+
+    @property
+    def names(self) -> tuple[str, ...]: return self.dtype.names or ()
 
 
 def _read_header(f: BinaryIO, path: Path) -> PlyHeader:
@@ -240,7 +244,7 @@ def _degree_of(names: Sequence[str], path: Path) -> int:
 def _check_size(head: PlyHeader, size: int, max_splats: int, path: Path) -> None:
     """The promised rows must be few enough and fill the file; decided before anything is allocated."""
     if head.count > max_splats: raise UserError(f"{path}: the header promises {head.count:,} splats, at most {max_splats:,} are read; prune the scene or raise max_splats")
-    values, body = head.count * len(head.dtype), size - head.size
+    values, body = head.count * len(head.names), size - head.size
     least, most = (2 * values - 1, 48 * values + 64) if head.text else (head.count * head.dtype.itemsize,) * 2
     if body < least: raise UserError(f"{path}: truncated: {head.count:,} splats need {'at least ' if head.text else ''}{least:,} bytes after the header, {body:,} are there; copy the file again")
     if body > most and not head.more: raise UserError(f"{path}: {body - most:,} bytes more than the header's {head.count:,} splats fill; header and content do not belong together")
@@ -255,8 +259,8 @@ def _read_rows(f: BinaryIO, head: PlyHeader, path: Path) -> np.ndarray:
         return rows
     if not head.count: return np.empty(0, head.dtype)
     try: table = np.loadtxt(f, dtype=np.float64, comments=None, max_rows=head.count if head.more else None, ndmin=2, encoding="ascii")
-    except ValueError as e: raise UserError(f"{path}: the PLY's text is damaged ({e}); expected {len(head.dtype)} numbers a line") from e
-    if table.shape != (head.count, len(head.dtype)): raise UserError(f"{path}: has {table.shape[0]:,} rows of {table.shape[1]} numbers; expected {head.count:,} of {len(head.dtype)}")
+    except ValueError as e: raise UserError(f"{path}: the PLY's text is damaged ({e}); expected {len(head.names)} numbers a line") from e
+    if table.shape != (head.count, len(head.names)): raise UserError(f"{path}: has {table.shape[0]:,} rows of {table.shape[1]} numbers; expected {head.count:,} of {len(head.names)}")
     with np.errstate(over="ignore"): return np.rec.fromarrays(list(table.T), dtype=head.dtype)
 
 
@@ -265,7 +269,7 @@ def read_ply(path: str | Path, max_splats: int = 10_000_000) -> Splats:
     path = Path(path)
     with _open_plain(path) as f:
         head = _read_header(f, path)
-        degree = _degree_of(head.dtype.names, path)
+        degree = _degree_of(head.names, path)
         _check_size(head, os.fstat(f.fileno()).st_size, max_splats, path)
         rows = _read_rows(f, head, path)
     names = [n for n in ply_properties(degree) if n not in ("nx", "ny", "nz")]
@@ -294,7 +298,7 @@ def write_splat(path: str | Path, splats: Splats) -> Path:
 def splats_hash(splats: Splats) -> str:
     """16 hex digits of SHA-256 over all stored numbers, in order; the same for equal splats on any device and from any file."""
     h = hashlib.sha256(f"splats {splats.n} {splats.degree}".encode())
-    h.update(_columns(splats))
+    h.update(_columns(splats).data)
     return h.hexdigest()[:16]
 
 # %% ../../nbs/kilonerf/00a_splats.ipynb #b5eb357a

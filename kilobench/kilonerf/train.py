@@ -105,7 +105,7 @@ def judge(made: SceneData, target: str, n: int = 2) -> Callable[[Mapping[str, nn
     return evaluate
 
 # %% ../../nbs/kilonerf/02_train.ipynb #1198dfaf
-def warm_up(run: Run, made: SceneData) -> KiloStudent:
+def warm_up(run: Run[KilonerfRecipe], made: SceneData) -> KiloStudent:
     """Stage (a): fit a fresh student to points of the teacher's field."""
     cfg = run.recipe.warm
     with seeded(run.recipe.seed): student = KiloStudent(run.recipe.student, teacher_occupancy(made))
@@ -113,7 +113,7 @@ def warm_up(run: Run, made: SceneData) -> KiloStudent:
     return student
 
 
-def distil(run: Run, made: SceneData, stop_at: int | None = None) -> KiloStudent:
+def distil(run: Run[KilonerfRecipe], made: SceneData, stop_at: int | None = None) -> KiloStudent:
     """Stages (b) and (c): rays and features, from the warm student on."""
     recipe, student = run.recipe, warm_up(run, made)
     rays_of = teacher_rays(made)
@@ -122,7 +122,7 @@ def distil(run: Run, made: SceneData, stop_at: int | None = None) -> KiloStudent
     z = z_score(features.flatten(0, 1), rays_of.seen["alpha"][:, :features.shape[1]].flatten())
     modules = {"student": student, "projector": feature_projector(recipe.student.hidden, features.shape[-1], recipe.feature)}
 
-    def step(m: Mapping[str, nn.Module], batch: Mapping[str, Tensor], i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def step(m: Mapping[str, Any], batch: Mapping[str, Tensor], i: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         terms, logs = ray_step(m["student"], batch, recipe)
         zero = terms["colour"].detach() * 0
         more, share = feature_terms(m["student"], m["projector"], batch, z, recipe) if i >= recipe.loss.feature_warmup else ({"feature_l2": zero, "feature_cosine": zero}, float("nan"))
@@ -140,14 +140,14 @@ def ray_step(student: KiloStudent, batch: Mapping[str, Tensor], recipe: Kilonerf
     return ray_terms(out, batch, recipe.loss), {"samples_per_ray": out.samples / len(batch["alpha"])}
 
 # %% ../../nbs/kilonerf/02_train.ipynb #3b226707
-def finetune(run: Run, made: SceneData, student: KiloStudent) -> KiloStudent:
+def finetune(run: Run[KilonerfRecipe], made: SceneData, student: KiloStudent) -> KiloStudent:
     """Stage (d): go on with the photographs, where the recipe asks for it."""
     if not run.recipe.finetune.steps or not made.photographed: return student
     return fit(run, "finetune", student, lambda m, b, _: ray_step(m["finetune"], b, run.recipe)[0], photo_rays(made), run.recipe.finetune,
                evaluate=judge(made, "photo"), metrics=("psnr",), best="psnr").module
 
 
-def train_baseline(run: Run, made: SceneData, stop_at: int | None = None) -> KiloStudent:
+def train_baseline(run: Run[KilonerfRecipe], made: SceneData, stop_at: int | None = None) -> KiloStudent:
     """The same network from the photographs alone."""
     with seeded(run.recipe.seed): student = KiloStudent(run.recipe.student, photo_occupancy(made))
     return fit(run, "baseline", student, lambda m, b, _: ray_step(m["baseline"], b, run.recipe)[0], photo_rays(made), run.recipe.baseline,
@@ -157,13 +157,13 @@ def train_baseline(run: Run, made: SceneData, stop_at: int | None = None) -> Kil
 STUDENTS = ("kilo", "baseline")
 
 
-def load_students(run: Run) -> dict[str, KiloStudent]:
+def load_students(run: Run[KilonerfRecipe]) -> dict[str, KiloStudent]:
     """The trained students of a run, averaged weights, eval mode, on the CPU; without photographs there is no baseline."""
     return {name: load_trained(f) for name in STUDENTS if (f := run.path("export", f"{name}.safetensors")).exists()}
 
 
 @stage(makes=["checkpoints/student/last", "export/kilo.safetensors"], load=load_students)
-def train(run: Run) -> None:
+def train(run: Run[KilonerfRecipe]) -> None:
     """Distil the student, train the baseline where there are photographs, and write both for use."""
     made, _ = data(run), model(run)
     students = {"kilo": finetune(run, made, distil(run, made))}
