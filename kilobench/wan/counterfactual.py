@@ -19,7 +19,7 @@ from ..core.scorecard import Scorecard, rebuild
 from ..core.show import diff_map, montage
 from ..core.teacher import freeze
 from ..core.training import mix
-from .auditor import SEEN, read
+from .auditor import SEEN, Auditor, read
 from .data import WORDS, Film, changed, data
 from .distillation import asker, student_sigmas
 from .evaluate import no_films
@@ -76,7 +76,7 @@ def askers(recipe: WanRecipe, teacher: Teacher, networks: Mapping[str, nn.Module
     return out | {row: asking(teacher, flat, asker(networks[name]), few, shape) for row, name in (("student", "student"), ("pruned, not distilled", "pruned"), ("WanLite from scratch", "lite"))}
 
 # %% ../../nbs/wan/04_counterfactual.ipynb #bddd5d13
-def reader(auditor: nn.Module) -> Callable[[Tensor, list[Prompt]], Tensor]:
+def reader(auditor: Auditor) -> Callable[[Tensor, list[Prompt]], Tensor]:
     """(pictures, what was asked) → are the exchanged words right, or all four where none of them was exchanged? bool [N]; true for the empty prompt."""
     def look(images: Tensor, prompts: list[Prompt]) -> Tensor:
         right = read(auditor, images)[0] == torch.tensor([p.film.numbers[:4] for p in prompts])
@@ -85,13 +85,13 @@ def reader(auditor: nn.Module) -> Callable[[Tensor, list[Prompt]], Tensor]:
     return look
 
 
-def prompts_to_edit(run: Run, n: int) -> list[Prompt]:
+def prompts_to_edit(run: Run[WanRecipe], n: int) -> list[Prompt]:
     """The first n test films as prompts."""
     made = data(run)
     return [Prompt(made.film(i), seed=k) for k, i in enumerate(made.rows("test")[:n])]
 
 
-def assess_networks(run: Run, asked: Mapping[str, Callable[[list[Prompt]], Tensor]], auditor: nn.Module, n: int) -> dict[str, Assessment]:
+def assess_networks(run: Run[WanRecipe], asked: Mapping[str, Callable[[list[Prompt]], Tensor]], auditor: Auditor, n: int) -> dict[str, Assessment]:
     """Row → its assessment against the teacher, on n test prompts."""
     prompts = prompts_to_edit(run, n)
     return {name: assess(prompts, edits_of, asked["teacher"], ask, readback=reader(auditor), batch=128) for name, ask in asked.items() if name != "teacher"}
@@ -125,7 +125,7 @@ def explorer(recipe: WanRecipe, teacher: Teacher, networks: Mapping[str, nn.Modu
 
 # %% ../../nbs/wan/04_counterfactual.ipynb #a5a93ab4
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
-def counterfactual(run: Run) -> None:
+def counterfactual(run: Run[WanRecipe]) -> None:
     """Edit test prompts, compare what students change with what the teacher changes, and put it on the scorecard."""
     no_films(run.recipe)
     networks, r = train(run), run.recipe
