@@ -110,16 +110,16 @@ def state_criteria(card: Scorecard, row: str) -> None:
 def explorer(recipe: WanRecipe, teacher: Teacher, networks: Mapping[str, nn.Module], needs: str = "") -> Explorer:
     """Controls for the words, the seed, the teacher's steps and guidance; who is compared with it."""
     flat, side = freeze(flat_vae(teacher.vae)), recipe.data.image_size // 4
-    shape = (recipe.teacher.vae_z, side, side)
+    latent = (recipe.teacher.vae_z, side, side)
     with torch.no_grad(): null = teacher.encode([""])
-    def draw(shape_: str, colour: str, size: str, background: str, seed: int, steps: int, guidance: float, compare: str, evaluations: int) -> dict[str, Any]:
+    def draw(shape: str, colour: str, size: str, background: str, seed: int, steps: int, guidance: float, compare: str, evaluations: int) -> dict[str, Any]:
         """What is shown for the controls' values."""
-        p = Prompt(Film(shape_, colour, size, background), seed)
+        p = Prompt(Film(shape, colour, size, background), seed)
         ends = student_sigmas(recipe.override({"distil.evaluations": evaluations})) if evaluations > 1 else torch.tensor([1.0, 0.0])
-        theirs = asking(teacher, flat, guided(teacher.velocity, null, guidance), sigmas_of(steps, recipe.teacher.shift), shape)([p])[0]
-        own = asking(teacher, flat, asker(networks[compare]), ends, shape)([p])[0]
+        theirs = asking(teacher, flat, guided(teacher.velocity, null, guidance), sigmas_of(steps, recipe.teacher.shift), latent)([p])[0]
+        own = asking(teacher, flat, asker(networks[compare]), ends, latent)([p])[0]
         return {f"teacher, {steps * (2 if guidance > 1 else 1)} evaluations": theirs, f"{compare}, {evaluations}": own, "difference ×4": diff_map(theirs, own)}
-    controls = {"shape_": list(WORDS["shape"]), "colour": list(WORDS["colour"]), "size": list(WORDS["size"]), "background": list(WORDS["background"]), "seed": (0, 50, 1, 0),
+    controls = {"shape": list(WORDS["shape"]), "colour": list(WORDS["colour"]), "size": list(WORDS["size"]), "background": list(WORDS["background"]), "seed": (0, 50, 1, 0),
                 "steps": (2, recipe.teacher.steps, 1, min(8, recipe.teacher.steps)), "guidance": (1.0, 6.0, 0.5, recipe.teacher.guidance), "compare": list(networks), "evaluations": (1, min(4, recipe.teacher.steps), 1, 2)}
     return Explorer(controls, draw, needs=needs, title="Another word")
 
