@@ -7,6 +7,7 @@ __all__ = ['SEEN', 'EXTRACTOR', 'FD', 'Auditor', 'softened', 'reading_loss', 're
 
 # %% ../../nbs/wan/01b_auditor.ipynb #7d681180
 from collections.abc import Mapping
+from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ..core.recipe import seeded
 from ..core.run import Run
 from ..core.training import Fitted, Split, fit, mix
 from .data import FilmData, WORDS
+from .recipe import WanRecipe
 
 # %% ../../nbs/wan/01b_auditor.ipynb #29c73e69
 SEEN = ("shape", "colour", "size", "background")
@@ -54,7 +56,7 @@ def reading_loss(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], 
 
 # %% ../../nbs/wan/01b_auditor.ipynb #b10c042e
 @torch.no_grad()
-def read(auditor: nn.Module, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
+def read(auditor: Auditor, images: Tensor, batch: int = 250) -> tuple[Tensor, Tensor]:
     """(words [N, 4] as indices, features [N, 64]) of pictures at 8 bit."""
     device = next(auditor.parameters()).device
     words, features = [], []
@@ -71,11 +73,11 @@ def accuracy(found: Tensor, asked: Tensor) -> dict[str, float]:
     return {f"{k}_acc": float(right[:, i].float().mean()) for i, k in enumerate(SEEN)} | {"words_acc": float(right.float().mean()), "all_acc": float(right.all(1).float().mean())}
 
 # %% ../../nbs/wan/01b_auditor.ipynb #7354536a
-def train_auditor(run: Run, made: FilmData, stop_at: int | None = None) -> Fitted:
+def train_auditor(run: Run[WanRecipe], made: FilmData, stop_at: int | None = None) -> Fitted:
     """Train the auditor; resumes by itself."""
     with seeded(mix(run.recipe.seed, "weights", "auditor")): net = Auditor()
     rows = made.rows("val")
-    def evaluate(modules: Mapping[str, nn.Module]) -> dict[str, float]:
+    def evaluate(modules: Mapping[str, Any]) -> dict[str, float]:
         shown = made.fetch(rows)
         return {"all_acc": accuracy(read(modules["auditor"], shown["image"])[0], shown["words"])["all_acc"]}
     return fit(run, "auditor", net, reading_loss, Split(made), run.recipe.audit, evaluate=evaluate, metrics=("all_acc",), best="all_acc", stop_at=stop_at, hold_norms=0.5)
@@ -85,7 +87,7 @@ EXTRACTOR = "auditor"
 FD = f"FD({EXTRACTOR})"
 
 
-def measure(auditor: nn.Module, images: Tensor, words: Tensor, real: Tensor) -> dict[str, float]:
+def measure(auditor: Auditor, images: Tensor, words: Tensor, real: Tensor) -> dict[str, float]:
     """FD(auditor), its floor and their ratio, words read back, diversity, for pictures [N, 3, S, S] asked for `words` [N, 5]; `real` [2 N, 64]: features of reconstructions."""
     found, features = read(auditor, images)
     out = fd_with_floor(EXTRACTOR, real, features)

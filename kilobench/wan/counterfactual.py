@@ -19,7 +19,7 @@ from ..core.scorecard import Scorecard, rebuild
 from ..core.show import diff_map, montage
 from ..core.teacher import freeze
 from ..core.training import mix
-from .auditor import SEEN, read
+from .auditor import SEEN, Auditor, read
 from .data import WORDS, Film, changed, data
 from .distillation import asker, student_sigmas
 from .evaluate import no_films
@@ -76,7 +76,7 @@ def askers(recipe: WanRecipe, teacher: Teacher, networks: Mapping[str, nn.Module
     return out | {row: asking(teacher, flat, asker(networks[name]), few, shape) for row, name in (("student", "student"), ("pruned, not distilled", "pruned"), ("WanLite from scratch", "lite"))}
 
 # %% ../../nbs/wan/04_counterfactual.ipynb #bddd5d13
-def reader(auditor: nn.Module) -> Callable[[Tensor, list[Prompt]], Tensor]:
+def reader(auditor: Auditor) -> Callable[[Tensor, list[Prompt]], Tensor]:
     """(pictures, what was asked) → are the exchanged words right, or all four where none of them was exchanged? bool [N]; true for the empty prompt."""
     def look(images: Tensor, prompts: list[Prompt]) -> Tensor:
         right = read(auditor, images)[0] == torch.tensor([p.film.numbers[:4] for p in prompts])
@@ -85,13 +85,13 @@ def reader(auditor: nn.Module) -> Callable[[Tensor, list[Prompt]], Tensor]:
     return look
 
 
-def prompts_to_edit(run: Run, n: int) -> list[Prompt]:
+def prompts_to_edit(run: Run[WanRecipe], n: int) -> list[Prompt]:
     """The first n test films as prompts."""
     made = data(run)
     return [Prompt(made.film(i), seed=k) for k, i in enumerate(made.rows("test")[:n])]
 
 
-def assess_networks(run: Run, asked: Mapping[str, Callable[[list[Prompt]], Tensor]], auditor: nn.Module, n: int) -> dict[str, Assessment]:
+def assess_networks(run: Run[WanRecipe], asked: Mapping[str, Callable[[list[Prompt]], Tensor]], auditor: Auditor, n: int) -> dict[str, Assessment]:
     """Row → its assessment against the teacher, on n test prompts."""
     prompts = prompts_to_edit(run, n)
     return {name: assess(prompts, edits_of, asked["teacher"], ask, readback=reader(auditor), batch=128) for name, ask in asked.items() if name != "teacher"}
@@ -110,22 +110,22 @@ def state_criteria(card: Scorecard, row: str) -> None:
 def explorer(recipe: WanRecipe, teacher: Teacher, networks: Mapping[str, nn.Module], needs: str = "") -> Explorer:
     """Controls for the words, the seed, the teacher's steps and guidance; who is compared with it."""
     flat, side = freeze(flat_vae(teacher.vae)), recipe.data.image_size // 4
-    shape = (recipe.teacher.vae_z, side, side)
+    latent = (recipe.teacher.vae_z, side, side)
     with torch.no_grad(): null = teacher.encode([""])
-    def draw(shape_: str, colour: str, size: str, background: str, seed: int, steps: int, guidance: float, compare: str, evaluations: int) -> dict[str, Any]:
+    def draw(shape: str, colour: str, size: str, background: str, seed: int, steps: int, guidance: float, compare: str, evaluations: int) -> dict[str, Any]:
         """What is shown for the controls' values."""
-        p = Prompt(Film(shape_, colour, size, background), seed)
+        p = Prompt(Film(shape, colour, size, background), seed)
         ends = student_sigmas(recipe.override({"distil.evaluations": evaluations})) if evaluations > 1 else torch.tensor([1.0, 0.0])
-        theirs = asking(teacher, flat, guided(teacher.velocity, null, guidance), sigmas_of(steps, recipe.teacher.shift), shape)([p])[0]
-        own = asking(teacher, flat, asker(networks[compare]), ends, shape)([p])[0]
+        theirs = asking(teacher, flat, guided(teacher.velocity, null, guidance), sigmas_of(steps, recipe.teacher.shift), latent)([p])[0]
+        own = asking(teacher, flat, asker(networks[compare]), ends, latent)([p])[0]
         return {f"teacher, {steps * (2 if guidance > 1 else 1)} evaluations": theirs, f"{compare}, {evaluations}": own, "difference ×4": diff_map(theirs, own)}
-    controls = {"shape_": list(WORDS["shape"]), "colour": list(WORDS["colour"]), "size": list(WORDS["size"]), "background": list(WORDS["background"]), "seed": (0, 50, 1, 0),
+    controls = {"shape": list(WORDS["shape"]), "colour": list(WORDS["colour"]), "size": list(WORDS["size"]), "background": list(WORDS["background"]), "seed": (0, 50, 1, 0),
                 "steps": (2, recipe.teacher.steps, 1, min(8, recipe.teacher.steps)), "guidance": (1.0, 6.0, 0.5, recipe.teacher.guidance), "compare": list(networks), "evaluations": (1, min(4, recipe.teacher.steps), 1, 2)}
     return Explorer(controls, draw, needs=needs, title="Another word")
 
 # %% ../../nbs/wan/04_counterfactual.ipynb #a5a93ab4
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
-def counterfactual(run: Run) -> None:
+def counterfactual(run: Run[WanRecipe]) -> None:
     """Edit test prompts, compare what students change with what the teacher changes, and put it on the scorecard."""
     no_films(run.recipe)
     networks, r = train(run), run.recipe

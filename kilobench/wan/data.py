@@ -195,7 +195,7 @@ def check_data(card: Scorecard, made: FilmData) -> None:
     card.check("every word is shown as often as the others", far < 4.5, f"the farthest of {sum(map(len, WORDS.values()))} words is {far:.1f} standard deviations from an even share")
 
 # %% ../../nbs/wan/00_data.ipynb #a31cdf7a
-def load_data(run: Run) -> FilmData:
+def load_data(run: Run[WanRecipe]) -> FilmData:
     """The films of this run: a table made from the recipe's seed, cached by its hash."""
     part = run.recipe.data
     def make(rows: range) -> dict[str, Tensor]:
@@ -209,7 +209,7 @@ MAKER = 1     # of the films: another number where they are drawn otherwise
 
 
 @stage(makes=["parts/data.json"], load=load_data)
-def data(run: Run) -> None:
+def data(run: Run[WanRecipe]) -> None:
     """Draw the films of this recipe, check them, and put the checks on the scorecard."""
     if run.recipe.data.data_path: read_prompts(run.recipe.data.data_path)     # a fault in it is told now, not after the teacher's training
     card = Scorecard.part(run, "data")

@@ -9,7 +9,7 @@ __all__ = ['terms_of', 'store_texts', 'ask_teacher', 'Answers', 'path_of', 'aske
 
 # %% ../../nbs/wan/02a_distillation.ipynb #454dc307
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from .model import Teacher, Velocity, follow, generate, guided, noised, sigmas_o
 from .projection import velocity
 from .recipe import WanRecipe
 
+# %% ../../nbs/wan/02a_distillation.ipynb #454dc308
+if TYPE_CHECKING: from diffusers import WanTransformer3DModel  # for annotations; nothing is imported when the program runs
+
 # %% ../../nbs/wan/02a_distillation.ipynb #f7388c95
 def terms_of(recipe: WanRecipe, teacher: Teacher) -> dict[str, Any]:
     """What answers depend on: hashes of the modules, and how they were asked."""
@@ -31,7 +34,7 @@ def terms_of(recipe: WanRecipe, teacher: Teacher) -> dict[str, Any]:
     return {**{name: module_hash(m) for name, m in teacher.modules.items()}, "shift": part.shift, "guidance": part.guidance, "steps": part.steps, "boundary": part.boundary}
 
 # %% ../../nbs/wan/02a_distillation.ipynb #0d54c0ac
-def store_texts(run: Run, teacher: Teacher, prompts: Sequence[str]) -> Shards:
+def store_texts(run: Run[WanRecipe], teacher: Teacher, prompts: Sequence[str]) -> Shards:
     """text [P + 1, L, D] and tokens [P + 1] of all prompts, trimmed to the longest; the empty prompt is the last."""
     asked = [*prompts, ""]
     with torch.no_grad(): long = max(int(teacher.encode(asked[i:i + 64]).abs().sum(2).gt(0).sum(1).max()) for i in range(0, len(asked), 64))
@@ -43,7 +46,7 @@ def store_texts(run: Run, teacher: Teacher, prompts: Sequence[str]) -> Shards:
     return build_shards(run.cache("texts", "data", "teacher", "seed", extra=said), make, len(asked), shard_size=512, meta=said, store={"text": "fp16", "tokens": "keep"}, progress=False)
 
 # %% ../../nbs/wan/02a_distillation.ipynb #60730fa1
-def ask_teacher(run: Run, teacher: Teacher, prompts: Sequence[str], shape: Sequence[int]) -> "Answers":
+def ask_teacher(run: Run[WanRecipe], teacher: Teacher, prompts: Sequence[str], shape: Sequence[int]) -> "Answers":
     """The guided teacher's paths for `distil.asked` draws of noise of `shape` [C, h, w], prompts in turn; computed once, resumable shard by shard."""
     r, texts = run.recipe, store_texts(run, teacher, prompts)
     said, sigmas = terms_of(r, teacher), sigmas_of(r.teacher.steps, r.teacher.shift)
@@ -108,7 +111,7 @@ def pick(x: Tensor, at: Tensor) -> Tensor:
     return x[torch.arange(len(x), device=x.device), at]
 
 
-def velocity_terms(net: nn.Module, batch: Mapping[str, Tensor], sigmas: Tensor, feature: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
+def velocity_terms(net: "WanTransformer3DModel", batch: Mapping[str, Tensor], sigmas: Tensor, feature: Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor] | None = None) -> dict[str, Tensor]:
     """{velocity[, feature]} of stage 1: mean squared error at a random step of each path."""
     path, sigmas = path_of(batch["noise"], batch["v"], sigmas), sigmas.to(batch["v"].device)
     at = torch.randint(batch["v"].shape[1], (len(path),), device=path.device)
@@ -118,7 +121,7 @@ def velocity_terms(net: nn.Module, batch: Mapping[str, Tensor], sigmas: Tensor, 
     return {"velocity": F.mse_loss(said, pick(batch["v"], at)), "feature": feature(x, s, batch["text"], taps.features)}
 
 # %% ../../nbs/wan/02a_distillation.ipynb #212da0ab
-def feature_match(teacher: nn.Module, kept: Sequence[int], projector: nn.Module, weight: float) -> Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]:
+def feature_match(teacher: "WanTransformer3DModel", kept: Sequence[int], projector: nn.Module, weight: float) -> Callable[[Tensor, Tensor, Tensor, dict[str, Tensor]], Tensor]:
     """The distance of a student's blocks to the teacher's `kept` ones, as `velocity_terms` wants it; the teacher is a flat transformer, frozen."""
     names = [f"blocks.{i}" for i in kept]
     def loss(x: Tensor, sigma: Tensor, text: Tensor, features: dict[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from ..core.scorecard import Scorecard, rebuild
 from ..core.show import montage
 from ..core.teacher import freeze
 from ..core.training import mix, seconds_trained
-from .auditor import EXTRACTOR, FD, accuracy, measure, read
+from .auditor import EXTRACTOR, FD, Auditor, accuracy, measure, read
 from .data import FilmData, data
 from .data import draw as draw_film
 from .distillation import asker, student_sigmas
@@ -71,7 +71,7 @@ def over_seeds(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 # %% ../../nbs/wan/03_evaluate.ipynb #c5aca640
 class Bench:
     """One split: its prompts as texts, reconstructions of its films, and what the auditor sees in them."""
-    def __init__(self, run: Run, made: FilmData, split: str, teacher: Teacher, auditor: nn.Module):
+    def __init__(self, run: Run[WanRecipe], made: FilmData, split: str, teacher: Teacher, auditor: Auditor):
         r, rows = run.recipe, made.rows(split)
         self.run, self.auditor, self.flat = run, auditor, freeze(flat_vae(teacher.vae))
         self.n = min(r.score.samples, len(rows) // 2)
@@ -136,7 +136,7 @@ def stamp_of(recipe: WanRecipe, n: int) -> Stamp:
 
 
 @stage(makes=["parts/evaluate.json"], load=rebuild)
-def evaluate(run: Run) -> None:
+def evaluate(run: Run[WanRecipe]) -> None:
     """Draw for the prompts of both splits by everybody, measure, state the criteria, write the scorecard."""
     no_films(run.recipe)
     networks, made, r = train(run), data(run), run.recipe
@@ -161,7 +161,7 @@ def evaluate(run: Run) -> None:
     card.write()
 
 # %% ../../nbs/wan/03_evaluate.ipynb #51e01356
-def write_rows(card: Scorecard, run: Run, rows: Mapping[str, Drawer], scores: Mapping[tuple[str, str], Mapping[str, Any]], drawn: Mapping[tuple[str, str], Tensor], bench: Bench, price: Mapping[str, Mapping[str, Any]]) -> None:
+def write_rows(card: Scorecard, run: Run[WanRecipe], rows: Mapping[str, Drawer], scores: Mapping[tuple[str, str], Mapping[str, Any]], drawn: Mapping[tuple[str, str], Tensor], bench: Bench, price: Mapping[str, Mapping[str, Any]]) -> None:
     """Rows, ceilings, criteria and the test for collapse."""
     test = {n: s for (split, n), s in scores.items() if split == "test"}
     far = {n: s[FD]["mean"] for n, s in test.items()}
@@ -183,14 +183,14 @@ def write_rows(card: Scorecard, run: Run, rows: Mapping[str, Drawer], scores: Ma
     card.collapse("student", "words_acc/test", margin=0.2)
 
 
-def training_cost(run: Run, name: str) -> dict[str, float]:
+def training_cost(run: Run[WanRecipe], name: str) -> dict[str, float]:
     """Seconds of training of a row: the student's are of all its stages."""
     kept = read_json(run.path(DECISION))["kept"]
     of = {"student": ("velocity", "follow", kept), "after stage 1": ("velocity",), "after stage 2": ("velocity", "follow"), "WanLite from scratch": ("lite",)}.get(name, ())
     return seconds_trained(run, *of)
 
 
-def card_images(run: Run, n: int = 4000) -> Tensor:
+def card_images(run: Run[WanRecipe], n: int = 4000) -> Tensor:
     """(Up to n) training stills."""
     made = data(run)
     return made.fetch(made.rows("train")[:n])["image"]

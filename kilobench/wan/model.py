@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from ..core.metrics import import_torchvision
@@ -23,6 +23,11 @@ from ..core.scorecard import Scorecard, rebuild
 from ..core.training import mix
 from .data import WORDS, data
 from .recipe import StudentPart, TeacherPart, WanRecipe
+
+# %% ../../nbs/wan/01_model.ipynb #f027426b
+if TYPE_CHECKING:  # for annotations; nothing is imported when the program runs
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from transformers import UMT5EncoderModel
 
 # %% ../../nbs/wan/01_model.ipynb #18c59b46
 GRAMMAR = ("a", "on", "background", ",")
@@ -41,14 +46,14 @@ def small_tokenizer(length: int) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=length)
 
 # %% ../../nbs/wan/01_model.ipynb #986f29b3
-def small_text_encoder(part: TeacherPart, vocabulary: int) -> nn.Module:
+def small_text_encoder(part: TeacherPart, vocabulary: int) -> "UMT5EncoderModel":
     """A small `UMT5EncoderModel` (Chung et al. 2023: T5 with a table of relative positions in every layer)."""
     import_torchvision()
     from transformers import UMT5Config, UMT5EncoderModel
     return UMT5EncoderModel(UMT5Config(vocab_size=vocabulary, d_model=part.text_dim, d_kv=part.text_dim // 4, d_ff=2 * part.text_dim, num_layers=part.text_layers, num_heads=4, dropout_rate=0.0, feed_forward_proj="gated-gelu"))
 
 # %% ../../nbs/wan/01_model.ipynb #b36fd82a
-def encode_text(text_encoder: nn.Module, tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+def encode_text(text_encoder: "UMT5EncoderModel", tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
     """Prompts → [B, length, D], zero beyond each prompt's last token, as Wan's pipeline feeds them."""
     device = next(text_encoder.parameters()).device
     said = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, add_special_tokens=True, return_attention_mask=True, return_tensors="pt").to(device)
@@ -56,7 +61,7 @@ def encode_text(text_encoder: nn.Module, tokenizer: Any, prompts: Sequence[str],
     return out * said.attention_mask[..., None].to(out.dtype)
 
 # %% ../../nbs/wan/01_model.ipynb #3b99a8a0
-def small_vae(part: TeacherPart) -> nn.Module:
+def small_vae(part: TeacherPart) -> "AutoencoderKLWan":
     """An untrained `AutoencoderKLWan` that packs 4 × 4 pixels and four frames."""
     import_torchvision()
     from diffusers import AutoencoderKLWan
@@ -69,13 +74,13 @@ def small_vae(part: TeacherPart) -> nn.Module:
     return vae
 
 # %% ../../nbs/wan/01_model.ipynb #11649863
-def moments(vae: nn.Module, films: Tensor) -> tuple[Tensor, Tensor]:
+def moments(vae: "AutoencoderKLWan", films: Tensor) -> tuple[Tensor, Tensor]:
     """Films [B, F, 3, H, W] in [0, 1] → mean and log variance of their latents [B, C, T, h, w]; with gradients."""
     dist = vae.encode(2 * films.transpose(1, 2) - 1).latent_dist
     return dist.mean, dist.logvar
 
 
-def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
+def decoded(vae: "AutoencoderKLWan", latents: Tensor) -> Tensor:
     """Raw latents [B, C, T, h, w] → films [B, F, 3, H, W], not clamped, so that gradients live."""
     vae.clear_cache()
     x, out = vae.post_quant_conv(latents), []
@@ -86,18 +91,18 @@ def decoded(vae: nn.Module, latents: Tensor) -> Tensor:
     return torch.cat(out, 2).transpose(1, 2) / 2 + 0.5
 
 # %% ../../nbs/wan/01_model.ipynb #27e61071
-def flat_moments(flat: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+def flat_moments(flat: "AutoencoderKLWan", images: Tensor) -> tuple[Tensor, Tensor]:
     """Stills [B, 3, H, W] in [0, 1] → mean and log variance [B, C, h, w] by a VAE without time."""
     mean, logvar = flat.quant_conv(flat.encoder((2 * images - 1)[:, :, None]))[:, :, 0].chunk(2, 1)
     return mean, logvar.clamp(-30, 20)
 
 
-def flat_decoded(flat: nn.Module, latents: Tensor) -> Tensor:
+def flat_decoded(flat: "AutoencoderKLWan", latents: Tensor) -> Tensor:
     """Raw latents [B, C, h, w] → stills [B, 3, H, W], not clamped."""
     return flat.decoder(flat.post_quant_conv(latents[:, :, None]))[:, :, 0] / 2 + 0.5
 
 
-def inflate(flat: nn.Module, vae: nn.Module) -> nn.Module:
+def inflate(flat: "AutoencoderKLWan", vae: "AutoencoderKLWan") -> "AutoencoderKLWan":
     """Put the kernels of a VAE without time into the last taps of a video VAE of the same sizes, in place; other taps are zero."""
     state, new = flat.state_dict(), vae.state_dict()
     for name, value in new.items():
@@ -109,7 +114,7 @@ def inflate(flat: nn.Module, vae: nn.Module) -> nn.Module:
     return vae
 
 # %% ../../nbs/wan/01_model.ipynb #17d46337
-def small_transformer(part: TeacherPart) -> nn.Module:
+def small_transformer(part: TeacherPart) -> "WanTransformer3DModel":
     """An untrained `WanTransformer3DModel` of the recipe's sizes."""
     import_torchvision()
     from diffusers import WanTransformer3DModel
@@ -163,12 +168,12 @@ def generate(velocity: Velocity, noise: Tensor, text: Tensor, sigmas: Tensor) ->
 @dataclass
 class Teacher:
     """Wan's parts: one or two transformers, VAE, text encoder, tokenizer; `per_token`: times are given token by token (TI2V-5B)."""
-    transformer: nn.Module
-    vae: nn.Module
-    text_encoder: nn.Module
+    transformer: "WanTransformer3DModel"
+    vae: "AutoencoderKLWan"
+    text_encoder: "UMT5EncoderModel"
     tokenizer: Any
     text_length: int
-    transformer_2: nn.Module | None = None
+    transformer_2: "WanTransformer3DModel | None" = None
     boundary: float = 0.875
     per_token: bool = False
 
@@ -188,7 +193,7 @@ class Teacher:
         for model, at in ((self.transformer, first), (self.transformer_2, ~first)): out[at] = self._ask(model, x[at], sigma[at], text[at])
         return out
 
-    def _ask(self, model: nn.Module, x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
+    def _ask(self, model: "WanTransformer3DModel", x: Tensor, sigma: Tensor, text: Tensor) -> Tensor:
         films = x if x.ndim == 5 else x[:, :, None]
         time = 1000 * sigma
         if self.per_token:
@@ -198,19 +203,20 @@ class Teacher:
         return out if x.ndim == 5 else out[:, :, 0]
 
 # %% ../../nbs/wan/01_model.ipynb #09b162e7
-def latent_scale(vae: nn.Module) -> tuple[Tensor, Tensor]:
+def latent_scale(vae: "AutoencoderKLWan") -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a VAE's latents by its config: [C, 1, 1] each."""
     device = next(vae.parameters()).device
-    return tuple(torch.tensor(v, device=device).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+    return mean, std
 
 
-def images_of(flat: nn.Module, latents: Tensor) -> Tensor:
+def images_of(flat: "AutoencoderKLWan", latents: Tensor) -> Tensor:
     """Latents of unit spread [B, C, h, w] → pictures [B, 3, H, W] in [0, 1], by a VAE without time."""
     mean, std = latent_scale(flat)
     return flat_decoded(flat, latents * std + mean).clamp(0, 1)
 
 
-def latents_of(flat: nn.Module, images: Tensor) -> Tensor:
+def latents_of(flat: "AutoencoderKLWan", images: Tensor) -> Tensor:
     """The inverse: pictures → the mean of their latents, of unit spread."""
     mean, std = latent_scale(flat)
     return (flat_moments(flat, images)[0] - mean) / std
@@ -289,7 +295,7 @@ def small_teacher(recipe: WanRecipe) -> Teacher:
 
 
 @stage(makes=["parts/model.json"], load=rebuild)
-def model(run: Run) -> None:
+def model(run: Run[WanRecipe]) -> None:
     """State the sizes of teacher and students, and check that each part answers in the right shape."""
     data(run)
     card, r = Scorecard.part(run, "model"), run.recipe

@@ -12,13 +12,19 @@ import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TYPE_CHECKING, get_args
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from ..core.metrics import import_torchvision
 from ..core.recipe import UserError, nearest
 from ..core.run import atomic_path, atomic_write
+
+# %% ../../nbs/wan/01a_projection.ipynb #623d6ddd
+if TYPE_CHECKING:  # for annotations; nothing is imported when the program runs
+    from diffusers import AutoencoderKLWan, WanTransformer3DModel
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 
 # %% ../../nbs/wan/01a_projection.ipynb #22244c2d
 Padding = Literal["causal", "symmetric", "replicate"]
@@ -61,7 +67,10 @@ def one_frame(x: Tensor) -> Tensor:
 # %% ../../nbs/wan/01a_projection.ipynb #169e0209
 class FlatRope(nn.Module):
     """Wan's rotary tables for a single frame: the channels of time are turned by nothing (Su et al. 2021, RoFormer, eq. 34)."""
-    def __init__(self, rope: nn.Module):
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, rope: "WanRotaryPosEmbed"):
         super().__init__()
         self.widths, self.patch = (rope.t_dim, rope.h_dim, rope.w_dim), tuple(rope.patch_size[1:])
         for name in ("freqs_cos", "freqs_sin"): self.register_buffer(name, getattr(rope, name)[:, rope.t_dim:].clone(), persistent=False)
@@ -79,7 +88,7 @@ class FlatRope(nn.Module):
         return self.table("freqs_cos", 1.0, rows, columns), self.table("freqs_sin", 0.0, rows, columns)
 
 # %% ../../nbs/wan/01a_projection.ipynb #f4d2cbc6
-def flat_transformer(model: nn.Module) -> nn.Module:
+def flat_transformer(model: "WanTransformer3DModel") -> "WanTransformer3DModel":
     """A copy of a `WanTransformer3DModel` that knows a single frame only, with tensors of its own; each keeps its dtype."""
     patch, flat = model.patch_embedding, copy.deepcopy(model)
     squeezed = squeeze_state({PATCH: patch.weight})[PATCH]
@@ -90,7 +99,7 @@ def flat_transformer(model: nn.Module) -> nn.Module:
     return flat
 
 
-def full_transformer(flat: nn.Module) -> nn.Module:
+def full_transformer(flat: "WanTransformer3DModel") -> "WanTransformer3DModel":
     """The `WanTransformer3DModel` of which `flat` is the single frame: the inverse of `flat_transformer`."""
     model = type(flat).from_config(flat.config)
     model.load_state_dict(unsqueeze_state({k: v.detach().clone() for k, v in flat.state_dict().items()}), assign=True)
@@ -98,7 +107,7 @@ def full_transformer(flat: nn.Module) -> nn.Module:
     return model.train(flat.training)
 
 
-def velocity(flat: nn.Module, x: Tensor, time: Tensor, text: Tensor) -> Tensor:
+def velocity(flat: "WanTransformer3DModel", x: Tensor, time: Tensor, text: Tensor) -> Tensor:
     """Noisy latents [B, C, H, W], times [B] in 0…1000 and text [B, L, text_dim] → the flow's velocity [B, C, H, W]."""
     return flat(x.unsqueeze(2), time, text, return_dict=False)[0].squeeze(2)
 
@@ -111,7 +120,7 @@ class FlatConv(nn.Conv2d):
         return super().forward(one_frame(x)).unsqueeze(2)
 
 
-def flat_conv(conv: nn.Conv3d, padding: Padding = "causal") -> FlatConv:
+def flat_conv(conv: "WanCausalConv3d", padding: Padding = "causal") -> FlatConv:
     """A causal convolution of Wan's VAE → what it does to a single frame."""
     left, _, top, *_ = conv._padding     # of width and height; the module's own `padding` is zero
     flat = FlatConv(conv.in_channels, conv.out_channels, conv.kernel_size[1:], conv.stride[1:], (top, left), device=conv.weight.device, dtype=conv.weight.dtype)
@@ -119,7 +128,7 @@ def flat_conv(conv: nn.Conv3d, padding: Padding = "causal") -> FlatConv:
     return flat.requires_grad_(conv.weight.requires_grad)
 
 # %% ../../nbs/wan/01a_projection.ipynb #70f9182c
-def flat_vae(vae: nn.Module, padding: Padding = "causal") -> nn.Module:
+def flat_vae(vae: "AutoencoderKLWan", padding: Padding = "causal") -> "AutoencoderKLWan":
     """A copy of an `AutoencoderKLWan` for single frames [B, 3, 1, H, W]: about a third of its parameters. A `padding` other than causal is for counter-proofs."""
     flat = copy.deepcopy(vae)
     for module in list(flat.modules()):
@@ -148,7 +157,7 @@ def original_name(name: str) -> str:
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def save_flat(flat: nn.Module, folder: str | Path) -> Path:
+def save_flat(flat: "WanTransformer3DModel", folder: str | Path) -> Path:
     """Write a flat transformer as a folder that `WanTransformer3DModel.from_pretrained` reads: config.json and the weights, each atomically."""
     folder = Path(folder)
     with atomic_path(folder / WEIGHTS) as tmp: save_file(_stored(flat), tmp, metadata={"format": "pt"})
@@ -156,17 +165,17 @@ def save_flat(flat: nn.Module, folder: str | Path) -> Path:
     return folder
 
 
-def save_original(flat: nn.Module, file: str | Path) -> Path:
+def save_original(flat: "WanTransformer3DModel", file: str | Path) -> Path:
     """Write a flat transformer as a single safetensors file under the original names; the sizes are not in it, so keep the folder, too."""
     state = {original_name(k): v for k, v in _stored(flat).items()}
     with atomic_path(file) as tmp: save_file(state, tmp, metadata={"format": "pt"})
     return Path(file)
 
 
-def _stored(flat: nn.Module) -> dict[str, Tensor]: return unsqueeze_state({k: v.detach().cpu().contiguous() for k, v in flat.state_dict().items()})
+def _stored(flat: "WanTransformer3DModel") -> dict[str, Tensor]: return unsqueeze_state({k: v.detach().cpu().contiguous() for k, v in flat.state_dict().items()})
 
 # %% ../../nbs/wan/01a_projection.ipynb #e94f3962
-def load_flat(folder: str | Path) -> nn.Module:
+def load_flat(folder: str | Path) -> "WanTransformer3DModel":
     """The flat transformer of a folder in diffusers' layout; files that are missing, damaged or of another model are a one-line `UserError`."""
     folder = Path(folder)
     for name, what in (("config.json", "the sizes"), (WEIGHTS, "the weights")):

@@ -9,15 +9,20 @@ __all__ = ['Question', 'without_block', 'without_head', 'missed', 'least_missed'
 # %% ../../nbs/wan/01c_pruning.ipynb #b7357212
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from ..core.recipe import UserError
 from .projection import flat_transformer, velocity
 
+# %% ../../nbs/wan/01c_pruning.ipynb #b7357213
+if TYPE_CHECKING:  # for annotations; nothing is imported when the program runs
+    from diffusers import WanTransformer3DModel
+    from diffusers.models.transformers.transformer_wan import WanAttention, WanTransformerBlock
+
 # %% ../../nbs/wan/01c_pruning.ipynb #c0e7dcc1
 @contextmanager
-def without_block(flat: nn.Module, block: int) -> Iterator[None]:
+def without_block(flat: "WanTransformer3DModel", block: int) -> Iterator[None]:
     """The transformer with one block passed over."""
     hook = flat.blocks[block].register_forward_hook(lambda module, args, kwargs, out: args[0] if args else kwargs["hidden_states"], with_kwargs=True)
     try: yield
@@ -25,7 +30,7 @@ def without_block(flat: nn.Module, block: int) -> Iterator[None]:
 
 
 @contextmanager
-def without_head(attention: nn.Module, head: int) -> Iterator[None]:
+def without_head(attention: "WanAttention", head: int) -> Iterator[None]:
     """The attention with one head silent."""
     width = attention.to_out[0].in_features // attention.heads
     def silence(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -41,12 +46,12 @@ Question = tuple[Tensor, Tensor, Tensor]     # noisy latents [B, C, H, W], times
 
 
 @torch.no_grad()
-def missed(flat: nn.Module, question: Question, before: Tensor) -> float:
+def missed(flat: "WanTransformer3DModel", question: Question, before: Tensor) -> float:
     """Share of the answer's power by which it now differs from `before`."""
     return float((velocity(flat, *question) - before).square().mean() / before.square().mean())
 
 
-def least_missed(flat: nn.Module, question: Question, keep: int) -> tuple[list[int], list[tuple[int, float]]]:
+def least_missed(flat: "WanTransformer3DModel", question: Question, keep: int) -> tuple[list[int], list[tuple[int, float]]]:
     """(blocks to keep, in order; (block, what all removals so far change) in the order of removal), greedily."""
     if not 1 <= keep <= len(flat.blocks): raise UserError(f"student.layers: {keep} blocks to keep of {len(flat.blocks)}")
     before, left, gone = velocity(flat, *question).detach(), list(range(len(flat.blocks))), []
@@ -54,21 +59,21 @@ def least_missed(flat: nn.Module, question: Question, keep: int) -> tuple[list[i
         costs = {}
         for b in left:
             with _without([*(g for g, _ in gone), b], flat): costs[b] = missed(flat, question, before)
-        b = min(costs, key=costs.get)
+        b = min(costs, key=costs.__getitem__)
         left.remove(b)
         gone.append((b, costs[b]))
     return left, gone
 
 
 @contextmanager
-def _without(blocks: Sequence[int], flat: nn.Module) -> Iterator[None]:
+def _without(blocks: Sequence[int], flat: "WanTransformer3DModel") -> Iterator[None]:
     if not blocks:
         yield
         return
     with without_block(flat, blocks[0]), _without(blocks[1:], flat): yield
 
 # %% ../../nbs/wan/01c_pruning.ipynb #627ae70f
-def head_costs(flat: nn.Module, question: Question) -> dict[str, list[float]]:
+def head_costs(flat: "WanTransformer3DModel", question: Question) -> dict[str, list[float]]:
     """Attention path ("blocks.0.attn1") → what each head's silence changes."""
     before, out = velocity(flat, *question).detach(), {}
     for i, block in enumerate(flat.blocks):
@@ -81,7 +86,7 @@ def head_costs(flat: nn.Module, question: Question) -> dict[str, list[float]]:
 
 # %% ../../nbs/wan/01c_pruning.ipynb #6cbf64ff
 @torch.no_grad()
-def channel_power(flat: nn.Module, question: Question) -> tuple[Tensor, list[Tensor]]:
+def channel_power(flat: "WanTransformer3DModel", question: Question) -> tuple[Tensor, list[Tensor]]:
     """(power of each channel of the residual stream [D], averaged over blocks after scaling each block's stream to one; power that each hidden unit of each feed-forward part adds [ffn])."""
     seen: dict[int, Tensor] = {}
     units: dict[int, Tensor] = {}
@@ -107,7 +112,7 @@ def _linear(new: nn.Linear, old: nn.Linear, out: Tensor | None = None, into: Ten
 
 # %% ../../nbs/wan/01c_pruning.ipynb #196bf320
 @torch.no_grad()
-def prune(flat: nn.Module, question: Question, layers: int, heads: int, ffn: int) -> tuple[nn.Module, dict[str, Any]]:
+def prune(flat: "WanTransformer3DModel", question: Question, layers: int, heads: int, ffn: int) -> tuple["WanTransformer3DModel", dict[str, Any]]:
     """(a smaller flat transformer, a report): the least missed blocks, heads, channels and hidden units are left out. `ffn`: hidden units kept."""
     c = flat.config
     if not 1 <= heads <= c.num_attention_heads: raise UserError(f"student.heads: {heads} heads to keep of {c.num_attention_heads}")
@@ -123,7 +128,7 @@ def prune(flat: nn.Module, question: Question, layers: int, heads: int, ffn: int
     return small, {"blocks": kept, "removed": gone, "channels": len(channels), "power_kept": float(power[channels].sum() / power.sum()), "depth_only": depth, "all": missed(small, question, before), "qk_norm": qk_norm_effect(flat, kept, costs, heads)}
 
 # %% ../../nbs/wan/01c_pruning.ipynb #55d19888
-def _outer(small: nn.Module, flat: nn.Module, ch: Tensor) -> None:
+def _outer(small: "WanTransformer3DModel", flat: "WanTransformer3DModel", ch: Tensor) -> None:
     """Everything but the blocks."""
     small.patch_embedding.weight.copy_(flat.patch_embedding.weight[ch])
     small.patch_embedding.bias.copy_(flat.patch_embedding.bias[ch])
@@ -137,7 +142,7 @@ def _outer(small: nn.Module, flat: nn.Module, ch: Tensor) -> None:
     small.scale_shift_table.copy_(flat.scale_shift_table[..., ch])
 
 
-def _block(new: nn.Module, old: nn.Module, ch: Tensor, heads: Mapping[str, Tensor], hidden: Tensor) -> None:
+def _block(new: "WanTransformerBlock", old: "WanTransformerBlock", ch: Tensor, heads: Mapping[str, Tensor], hidden: Tensor) -> None:
     """One block: channels of the stream, rows of the kept heads, units of the feed-forward part."""
     for name, rows in heads.items():
         n, o = getattr(new, name), getattr(old, name)
@@ -152,7 +157,7 @@ def _block(new: nn.Module, old: nn.Module, ch: Tensor, heads: Mapping[str, Tenso
     new.scale_shift_table.copy_(old.scale_shift_table[..., ch])
 
 # %% ../../nbs/wan/01c_pruning.ipynb #7ab921a0
-def qk_norm_effect(flat: nn.Module, blocks: Sequence[int], costs: Mapping[str, Sequence[float]], heads: int) -> dict[str, float]:
+def qk_norm_effect(flat: "WanTransformer3DModel", blocks: Sequence[int], costs: Mapping[str, Sequence[float]], heads: int) -> dict[str, float]:
     """Path → root mean square of the query weights of kept heads over that of all: the factor by which the norm scales what stays, for inputs of even power."""
     out = {}
     for i in blocks:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ from .pruning import prune
 from .recipe import WanRecipe
 from .teachers import load_teacher
 
+# %% ../../nbs/wan/02_train.ipynb #f6961bae
+if TYPE_CHECKING: from diffusers import AutoencoderKLWan, WanTransformer3DModel  # for annotations; nothing is imported when the program runs
+
 # %% ../../nbs/wan/02_train.ipynb #66f13279
 def vae_loss(images: Tensor, mean: Tensor, logvar: Tensor, decode: Callable[[Tensor], Tensor], kl: float = 1e-4) -> dict[str, Tensor]:
     """{pixels, kl} of a VAE whose latents are mean and log variance (Kingma and Welling 2014, eq. 10)."""
@@ -57,7 +60,7 @@ def still_strip(made: FilmData, n: int = 6) -> Callable[[Mapping[str, nn.Module]
     return paint
 
 
-def train_vae(run: Run, made: FilmData, stop_at: int | None = None) -> Fitted:
+def train_vae(run: Run[WanRecipe], made: FilmData, stop_at: int | None = None) -> Fitted:
     """Train the VAE of stills; resumes by itself."""
     with seeded(mix(run.recipe.seed, "weights", "vae")): flat = flat_vae(small_vae(run.recipe.teacher))
     def loss(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -69,7 +72,7 @@ def train_vae(run: Run, made: FilmData, stop_at: int | None = None) -> Fitted:
     return fit(run, "vae", flat, loss, Split(made), run.recipe.vae, evaluate=evaluate, metrics=("psnr",), best="psnr", callbacks=[Strips(max(1, run.recipe.vae.steps // 2), still_strip(made))], stop_at=stop_at)
 
 # %% ../../nbs/wan/02_train.ipynb #1ef6a4ab
-def only_time(vae: nn.Module) -> nn.Module:
+def only_time(vae: "AutoencoderKLWan") -> "AutoencoderKLWan":
     """Let nothing of a video VAE be trained but what a first frame never meets: earlier taps, and convolutions that only look through time."""
     vae.requires_grad_(False)
     for name, m in vae.named_modules():
@@ -87,7 +90,7 @@ class Films(Split):
     def fetch(self, indices: Sequence[int]) -> dict[str, Tensor]: return {"film": self.data.films([self.index[i] for i in indices])}
 
 
-def train_film_vae(run: Run, made: FilmData, flat: nn.Module, stop_at: int | None = None) -> Fitted:
+def train_film_vae(run: Run[WanRecipe], made: FilmData, flat: "AutoencoderKLWan", stop_at: int | None = None) -> Fitted:
     """Train the video VAE from the VAE of stills; resumes by itself."""
     with seeded(mix(run.recipe.seed, "weights", "vae_film")): vae = only_time(inflate(flat, small_vae(run.recipe.teacher)))
     def loss(modules: Mapping[str, nn.Module], batch: Mapping[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -100,7 +103,7 @@ def train_film_vae(run: Run, made: FilmData, flat: nn.Module, stop_at: int | Non
     return fit(run, "vae_film", vae, loss, Films(made), run.recipe.vae_film, evaluate=evaluate, metrics=("psnr", "first_psnr"), best="psnr", stop_at=stop_at)
 
 # %% ../../nbs/wan/02_train.ipynb #e7d0ee76
-def set_scale(vae: nn.Module, flat: nn.Module, made: FilmData, n: int = 1024) -> None:
+def set_scale(vae: "AutoencoderKLWan", flat: "AutoencoderKLWan", made: FilmData, n: int = 1024) -> None:
     """Measure the mean and standard deviation of latents of (up to n) training stills and write them into both configs."""
     rows = made.rows("train")[:n]
     with torch.no_grad(): z = torch.cat([flat_moments(flat, made.fetch(rows[k:k + 128])["image"])[0] for k in range(0, len(rows), 128)])
@@ -108,7 +111,7 @@ def set_scale(vae: nn.Module, flat: nn.Module, made: FilmData, n: int = 1024) ->
     for m in (vae, flat): m.register_to_config(latents_mean=mean, latents_std=std)
 
 # %% ../../nbs/wan/02_train.ipynb #16c39994
-def build_latents(run: Run, made: FilmData, vae: nn.Module, flat: nn.Module) -> tuple[Tensor, Tensor]:
+def build_latents(run: Run[WanRecipe], made: FilmData, vae: "AutoencoderKLWan", flat: "AutoencoderKLWan") -> tuple[Tensor, Tensor]:
     """(latents of all training stills [N, C, h, w], of a pool of films [M, C, T, h, w]), of unit spread; computed once."""
     rows, part, said = made.rows("train"), run.recipe.teacher, {"vae": module_hash(vae)}
     mean, std = latent_scale(flat)
@@ -136,7 +139,7 @@ class TeacherBatches:
         return {"z": (self.films if film else self.stills)[rows], "row": torch.tensor(rows), "blank": blank}
 
 # %% ../../nbs/wan/02_train.ipynb #9981d86d
-def flow_loss(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x0: Tensor, text: Tensor, shift: float) -> Tensor:
+def flow_loss(velocity: Velocity, x0: Tensor, text: Tensor, shift: float) -> Tensor:
     """Mean squared error of v = ε − x0 at a random σ of the shifted flow, [] (Esser et al. 2024, eq. 13 with uniform u)."""
     u = torch.rand(len(x0), device=x0.device)
     sigma, noise = shift * u / (1 + (shift - 1) * u), torch.randn_like(x0)
@@ -144,20 +147,20 @@ def flow_loss(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], x0: Tensor, 
 
 
 @torch.no_grad()
-def draw_for(velocity: Callable[[Tensor, Tensor, Tensor], Tensor], text: Tensor, sigmas: Tensor, flat: nn.Module, shape: tuple[int, ...], seed: int = 0, batch: int = 250) -> Tensor:
+def draw_for(velocity: Velocity, text: Tensor, sigmas: Tensor, flat: "AutoencoderKLWan", shape: tuple[int, ...], seed: int = 0, batch: int = 250) -> Tensor:
     """Pictures [N, 3, S, S] for texts [N, L, D], the i-th always from the same noise of shape [C, h, w]."""
     noise = torch.randn(len(text), *shape, generator=torch.Generator().manual_seed(seed))
     where = text.device
     return torch.cat([images_of(flat, generate(velocity, noise[i:i + batch].to(where), text[i:i + batch], sigmas)).cpu() for i in range(0, len(text), batch)])
 
 # %% ../../nbs/wan/02_train.ipynb #2ee9dd31
-def judge_words(run: Run, made: FilmData, auditor: nn.Module, n: int = 128) -> tuple[list[str], Callable[[Tensor], dict[str, float]]]:
+def judge_words(run: Run[WanRecipe], made: FilmData, auditor: Auditor, n: int = 128) -> tuple[list[str], Callable[[Tensor], dict[str, float]]]:
     """(captions of n validation films, pictures for them → {words_acc, all_acc})."""
     rows = made.rows("val")[:n]
     return made.captions(rows), lambda images: {k: v for k, v in accuracy(read(auditor, images)[0], made.words[rows]).items() if k in ("words_acc", "all_acc")}
 
 
-def train_teacher(run: Run, made: FilmData, vae: nn.Module, flat: nn.Module, auditor: nn.Module, stop_at: int | None = None) -> Teacher:
+def train_teacher(run: Run[WanRecipe], made: FilmData, vae: "AutoencoderKLWan", flat: "AutoencoderKLWan", auditor: Auditor, stop_at: int | None = None) -> Teacher:
     """Train transformer and text encoder of the small Wan; resumes by itself."""
     r, teacher = run.recipe, small_teacher(run.recipe)
     stills, films = build_latents(run, made, vae, flat)
@@ -188,19 +191,19 @@ DECIDES = ("data.n", "data.n_val", "data.image_size", "data.frames", *(f"teacher
 WAN = "wan.safetensors"
 
 
-def wan_file(run: Run) -> Path:
+def wan_file(run: Run[WanRecipe]) -> Path:
     """Where the small Wan of this recipe is kept, whether it is there or not."""
     return run.cache("wan", *DECIDES) / WAN
 
 
-def save_wan(path: Path, teacher: Teacher, auditor: nn.Module, key: str) -> Path:
+def save_wan(path: Path, teacher: Teacher, auditor: Auditor, key: str) -> Path:
     """Write teacher and auditor as one safetensors file in half precision."""
     parts = {**teacher.modules, "auditor": auditor}
     state = {f"{name}.{k}": v for name, m in parts.items() for k, v in m.state_dict().items()}
     return save_student(path, state, {"project": "wan", "network": "small Wan", "key": key, "latents_mean": list(teacher.vae.config.latents_mean), "latents_std": list(teacher.vae.config.latents_std)}, "fp16")
 
 
-def load_wan(path: str | Path, recipe: WanRecipe) -> tuple[Teacher, nn.Module]:
+def load_wan(path: str | Path, recipe: WanRecipe) -> tuple[Teacher, Auditor]:
     """(teacher, auditor) of a file that `save_wan` wrote, frozen; checksum verified. A file of other sizes is a one-line `UserError`."""
     state, config = load_student(path)
     if config.get("network") != "small Wan": raise UserError(f"{path}: is no small Wan; expected the {WAN} of a run or a reference")
@@ -215,7 +218,7 @@ def load_wan(path: str | Path, recipe: WanRecipe) -> tuple[Teacher, nn.Module]:
     return teacher, auditor
 
 # %% ../../nbs/wan/02_train.ipynb #961f7e30
-def small_wan(run: Run, made: FilmData) -> tuple[Teacher, nn.Module]:
+def small_wan(run: Run[WanRecipe], made: FilmData) -> tuple[Teacher, Auditor]:
     """The small Wan of this recipe and the auditor: from the cache, from the reference, or trained now."""
     file, key = wan_file(run), run.recipe.key(*DECIDES)
     shipped = reference_dir("wan", run.recipe.preset) / WAN
@@ -243,10 +246,10 @@ def latent_shape(teacher: Teacher, size: int) -> tuple[int, int]:
 @dataclass
 class Lesson:
     """What every stage needs: the teacher, its VAE without time, the auditor, its answers, the student's σ, and a judge."""
-    run: Run
+    run: Run[WanRecipe]
     teacher: Teacher
-    flat: nn.Module
-    auditor: nn.Module | None
+    flat: "AutoencoderKLWan"
+    auditor: Auditor | None
     answers: Answers
     ends: Tensor
     judge: Callable[[Mapping[str, nn.Module], str], dict[str, float]]
@@ -275,7 +278,7 @@ class Lesson:
 JUDGED = ("fd", "words_acc", "all_acc")
 
 # %% ../../nbs/wan/02_train.ipynb #bbeb7395
-def lesson_of(run: Run, made: FilmData, teacher: Teacher, auditor: nn.Module | None, answers: Answers) -> Lesson:
+def lesson_of(run: Run[WanRecipe], made: FilmData, teacher: Teacher, auditor: Auditor | None, answers: Answers) -> Lesson:
     """The `Lesson` of a run; without an auditor students are judged by their distance to answers of the teacher that they were not trained on."""
     flat, rows = freeze(flat_vae(teacher.vae)).to(run.device), made.rows("val")
     ends = student_sigmas(run.recipe)
@@ -302,7 +305,7 @@ def pair_distance(velocity: Velocity, answers: Answers, ends: Tensor, device: An
 
 
 @torch.no_grad()
-def reconstructed(flat: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
+def reconstructed(flat: "AutoencoderKLWan", images: Tensor, batch: int = 250) -> Tensor:
     """What the VAE makes of pictures [N, 3, S, S]: the best that any model behind it can show."""
     return torch.cat([images_of(flat, latents_of(flat, some)) for some in images.split(batch)])
 
@@ -314,7 +317,7 @@ def question_of(answers: Answers, n: int = 64) -> tuple[Tensor, Tensor, Tensor]:
     return pick(path_of(batch["noise"], batch["v"], answers.sigmas), at), 1000 * answers.sigmas[at], batch["text"]
 
 
-def pruned_student(recipe: WanRecipe, teacher: Teacher, answers: Answers) -> tuple[nn.Module, dict[str, Any]]:
+def pruned_student(recipe: WanRecipe, teacher: Teacher, answers: Answers) -> tuple["WanTransformer3DModel", dict[str, Any]]:
     """(the student before any training, what was cut); of the last expert where there are two."""
     part, source = recipe.student, teacher.transformer_2 or teacher.transformer
     small, cut = prune(flat_transformer(source).cpu().float(), question_of(answers), part.layers, part.heads, part.ffn)
@@ -322,12 +325,13 @@ def pruned_student(recipe: WanRecipe, teacher: Teacher, answers: Answers) -> tup
     return small, cut
 
 # %% ../../nbs/wan/02_train.ipynb #520c6e1e
-def train_velocity(lesson: Lesson, net: nn.Module, kept: Sequence[int], stop_at: int | None = None) -> nn.Module:
+def train_velocity(lesson: Lesson, net: "WanTransformer3DModel", kept: Sequence[int], stop_at: int | None = None) -> nn.Module:
     """Stage 1."""
     r, run = lesson.run.recipe, lesson.run
     modules, cfg = {"velocity": net}, r.velocity
     if r.epochs: cfg = cfg.model_copy(update={"steps": max(1, r.epochs * len(lesson.answers) // cfg.batch)})
-    whole, feature = freeze(flat_transformer(lesson.teacher.transformer)).to(run.device), None
+    whole, feature = flat_transformer(lesson.teacher.transformer), None
+    freeze(whole).to(run.device)
     if r.distil.w_feature and lesson.teacher.transformer_2 is None:     # two experts have no common features
         c = net.config
         modules["projector"] = Projector(c.num_attention_heads * c.attention_head_dim, whole.config.num_attention_heads * whole.config.attention_head_dim)
@@ -383,7 +387,7 @@ def train_lite(lesson: Lesson, made: FilmData, prompts: Sequence[str], stop_at: 
     return lesson.learn("lite", {"lite": net}, [update], r.lite, stop_at, StillBatches(z, answers.texts, which, r.teacher.drop))
 
 # %% ../../nbs/wan/02_train.ipynb #ac128b9f
-def save_network(path: Path, name: str, net: nn.Module, recipe: WanRecipe, side: int, dtype: str = "fp16") -> Path:
+def save_network(path: Path, name: str, net: "WanLiteStudent | WanTransformer3DModel", recipe: WanRecipe, side: int, dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
     """Write a student with what builds it again and how it samples as one safetensors file."""
     lite = isinstance(net, WanLiteStudent)
     config = {"project": "wan", "network": name, "kind": "lite" if lite else "flat", "sizes": dict(net.config) if lite else {k: v for k, v in net.config.items() if not k.startswith("_")},
@@ -401,14 +405,14 @@ def load_network(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return fill(net, state, path).eval(), config
 
 
-def empty_flat(sizes: Mapping[str, Any]) -> nn.Module:
+def empty_flat(sizes: Mapping[str, Any]) -> "WanTransformer3DModel":
     """An untrained flat transformer of these sizes."""
     import_torchvision()
     from diffusers import WanTransformer3DModel
     return flat_transformer(WanTransformer3DModel.from_config(dict(sizes)))
 
 # %% ../../nbs/wan/02_train.ipynb #63ba2482
-def teacher_of(run: Run, made: FilmData) -> tuple[Teacher, nn.Module | None]:
+def teacher_of(run: Run[WanRecipe], made: FilmData) -> tuple[Teacher, Auditor | None]:
     """(the teacher of a recipe, the auditor; real weights have none, which knows our films only)."""
     return (load_teacher(run.recipe.teacher), None) if run.recipe.teacher.path else small_wan(run, made)
 
@@ -422,19 +426,19 @@ def file_of(name: str) -> str:
     return f"{'export' if name in ('student', 'lite') else 'stages'}/{name}.safetensors"
 
 
-def made_by_training(run: Run) -> list[str]:
+def made_by_training(run: Run[WanRecipe]) -> list[str]:
     """What the stage leaves in the run folder."""
     return [DECISION, "answers.json", "pruning.json", *map(file_of, (*NETWORKS, "student"))] + ([] if run.recipe.teacher.path else [f"export/{WAN}"])
 
 
-def load_networks(run: Run) -> dict[str, nn.Module]:
+def load_networks(run: Run[WanRecipe]) -> dict[str, nn.Module]:
     """The students of a run, averaged weights, eval mode; `student` is the one that stage 3 kept."""
     done = {name: load_network(run.path(file_of(name)))[0] for name in NETWORKS}
     return done | {"student": load_network(run.path(file_of("student")))[0]}
 
 # %% ../../nbs/wan/02_train.ipynb #8f0eb705
 @stage(makes=made_by_training, load=load_networks)
-def train(run: Run) -> None:
+def train(run: Run[WanRecipe]) -> None:
     """Train or find the small Wan, ask it once, teach the student in three stages, and train the source's student from nothing."""
     made, r = data(run), run.recipe
     teacher, auditor = teacher_of(run, made)
