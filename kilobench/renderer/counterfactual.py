@@ -21,6 +21,7 @@ from ..core.scorecard import Scorecard, rebuild
 from ..core.show import diff_map, montage
 from .data import Vocabulary, data
 from .reader import read, shown
+from .recipe import RendererRecipe
 from .scene import CELLS, COLOURS, MAX_COUNT, RELATIONS, SHAPES, SIZES, STYLES, Group, Scene, Style, caption, parse, place_name
 from .teacher import render
 from .train import predict_images, train
@@ -45,7 +46,8 @@ def _edit(asked: Asked, i: int, kind: str, options: Sequence[Any], rng: random.R
         try: asked.change(i, **{kind: new})
         except UserError: continue  # would leave the grid, or meet another group
         word = place_name(new) if kind == "cell" else new
-        return [Edit(f"{kind} = {word} on group {i + 1}", kind, lambda c, new=new: c.change(i, **{kind: new}), lambda c: c.change(i, **{kind: old}), target=target)]
+        put = lambda value: lambda c: c.change(i, **{kind: value})
+        return [Edit(f"{kind} = {word} on group {i + 1}", kind, put(new), put(old), target=target)]
     return []
 
 # %% ../../nbs/renderer/04_counterfactual.ipynb #7759744a
@@ -83,7 +85,7 @@ def conditions_of(captions: Sequence[str], n: int) -> list[Asked]:
 
 
 @torch.no_grad()
-def assess_students(run: Run, students: dict[str, nn.Module], n: int) -> dict[str, Assessment]:
+def assess_students(run: Run[RendererRecipe], students: dict[str, nn.Module], n: int) -> dict[str, Assessment]:
     """Student → its assessment on the first n scenes of the iid split."""
     made = data(run)
     asked, teacher = conditions_of(made.captions("iid"), n), ask_teacher(run.recipe.data.size)
@@ -106,7 +108,7 @@ def state_criteria(card: Scorecard, row: str) -> None:
 
 # %% ../../nbs/renderer/04_counterfactual.ipynb #1176b5d1
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
-def counterfactual(run: Run) -> None:
+def counterfactual(run: Run[RendererRecipe]) -> None:
     """Edit test scenes in every way, compare the students' changes with the teacher's, and put it on the scorecard."""
     students, made = train(run), data(run)
     card = Scorecard.part(run, "counterfactual")
@@ -143,11 +145,11 @@ def words_for(count: int, size: str, colour: str, shape: str, relation: str, oth
     return caption(Scene.of(replace(first, relation=relation), Group(other_shape, other_colour, "large", 1, PLACES[place])))
 
 # %% ../../nbs/renderer/04_counterfactual.ipynb #158ce532
-def explorer(ask: Callable[[str], Tensor] | None, size: int = 64, needs: str = "", own: str = "") -> Explorer:
-    """Drop-downs and a text field; teacher, student and difference follow. `ask`: caption → [3, H, W]; without it `needs` says what to do.
+def explorer(ask: Callable[[str], Tensor], size: int = 64, own: str = "") -> Explorer:
+    """Drop-downs and a text field; teacher, student and difference follow. `ask`: caption → [3, H, W].
 
     `own`: a caption to begin with, of pictures of your own; nobody draws those but the student, so the text field is all there is."""
-    if own: return Explorer({"say": own}, lambda say: {"student": ask(say)}, needs=needs, title="Say a picture")
+    if own: return Explorer({"say": own}, lambda say: {"student": ask(say)}, title="Say a picture")
     def draw(say: str, **words: Any) -> dict[str, Any]:
         text = say.strip() or words_for(**words)
         teacher, student = render([parse(text)], size)[0], ask(text)
@@ -156,4 +158,4 @@ def explorer(ask: Callable[[str], Tensor] | None, size: int = 64, needs: str = "
 
     controls = {"count": [1, 2, 3, 4], "size": list(SIZES), "colour": list(COLOURS), "shape": list(SHAPES), "relation": [*RELATIONS, "alone"],
                 "other_colour": list(COLOURS[::-1]), "other_shape": list(SHAPES[::-1]), "place": list(sorted(PLACES, key=lambda p: p != "centre")), "say": ""}
-    return Explorer(controls, draw, needs=needs, title="Say a scene")
+    return Explorer(controls, draw, title="Say a scene")

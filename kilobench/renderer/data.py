@@ -29,7 +29,7 @@ from ..core.recipe import UserError, nearest
 from ..core.run import PICTURES, UNREADABLE, Run, atomic_write, read_json, stage, write_json
 from ..core.scorecard import Scorecard
 from ..core.shards import Shards, build_shards
-from .recipe import DataPart
+from .recipe import DataPart, RendererRecipe
 from .scene import (_NOUN, COLOURS, HELD_OUT_STYLES, MAX_OBJECTS, RELATIONS, SHAPES, STYLES, VOCABULARY, Scene, caption, parse,
                                       random_scene)
 from .teacher import render
@@ -229,7 +229,7 @@ class RenderData:
     def tests(self) -> list[str]: return [s for s in TESTS if any(i["split"] == s for i in self.items)]
 
 # %% ../../nbs/renderer/00_data.ipynb #b8c56cb7
-def data_dir(run: Run) -> Path:
+def data_dir(run: Run[RendererRecipe]) -> Path:
     """Where the data of this recipe is cached; own pictures are part of the key by their list and sizes."""
     extra: dict[str, Any] = {"maker": MAKER}
     if run.recipe.data.folder:
@@ -244,8 +244,9 @@ def read_items(listing: Path) -> list[dict[str, Any]]:
     try: lines = listing.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e: raise UserError(f"{listing}: cannot be read ({type(e).__name__}); remove {listing.parent} to make the set again") from None
     for n, line in enumerate(lines, 1):
+        item: Any = None
         try: item = json.loads(line)
-        except (ValueError, RecursionError): item = None
+        except (ValueError, RecursionError): pass
         whole = isinstance(item, dict) and item.get("split") in SPLITS and isinstance(item.get("file", ""), str) and isinstance(item.get("captions"), list) and item["captions"]
         if not whole or not all(isinstance(c, str) for c in item["captions"]): raise UserError(f"{listing} line {n}: damaged, it is no item; remove {listing.parent} to make the set again")
         items.append(item)
@@ -345,13 +346,13 @@ def check_scenes(card: Scorecard, data: RenderData, held: HeldOut) -> None:
         card.check(f"balance of {name}s", fair and low > 0, f"{most} {high}, {least} {low}: ratio {high / low:.2f}, at most 2 beyond chance")
 
 # %% ../../nbs/renderer/00_data.ipynb #d1d91c27
-def load_data(run: Run) -> RenderData:
+def load_data(run: Run[RendererRecipe]) -> RenderData:
     """The data of this run, made earlier."""
     return read_data(data_dir(run), own=bool(run.recipe.data.folder))
 
 
 @stage(makes=lambda run: [data_dir(run) / "vocabulary.json", data_dir(run) / "images", "parts/data.json"], load=load_data)
-def data(run: Run) -> None:
+def data(run: Run[RendererRecipe]) -> None:
     """Make the data set of this recipe (cached by its hash), check it, and put checks and ceiling on the scorecard."""
     make_data(data_dir(run), run.recipe.data, run.recipe.seed)
     made, card = load_data(run), Scorecard.part(run, "data")

@@ -7,7 +7,8 @@ __all__ = ['score_images', 'control_images', 'role_of', 'draw_all', 'measure', '
 
 # %% ../../nbs/renderer/03_evaluate.ipynb #e7757d25
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from torch import Tensor, nn
 from ..core.metrics import (LPIPS, Stamp, checkerboard_energy, compare_latency, cost, mean_image, psnr, psnr_masked, shift, spectrum_gap, ssim,
@@ -75,13 +76,14 @@ def costs(made: RenderData, students: Mapping[str, nn.Module], repeats: int = 10
     texts = (made.captions("iid") * 64)[:64]
     tokens = made.vocabulary.encode(texts)
     rows = {name: cost(m, tokens, batches=(1,), repeats=2, warmup=1) for name, m in students.items()}
-    calls = {name: (lambda n, m=m: predict_images(m, tokens[:n])) for name, m in students.items()}
+    draw = lambda m, n: predict_images(m, tokens[:n])
+    calls: dict[str, Callable[[int], Tensor]] = {name: partial(draw, m) for name, m in students.items()}
     if not made.own:
         scenes = [parse(t) for t in texts]
         rows["teacher"] = cost(lambda s: render(s, made.page.shape[-1]), scenes, batches=(1,), repeats=2, warmup=1)
         calls["teacher"] = lambda n: render(scenes[:n], made.page.shape[-1])
     for n in (1, 64):
-        for name, t in compare_latency({k: (lambda f=f, n=n: f(n)) for k, f in calls.items()}, repeats=repeats).items():
+        for name, t in compare_latency({k: partial(f, n) for k, f in calls.items()}, repeats=repeats).items():
             if name in rows: rows[name] |= {f"latency_ms_b{n}": t["median_ms"], "images_per_s": 1e3 * n / t["median_ms"], "threads": t["threads"], "device": t["device"]}
     return rows
 
@@ -121,7 +123,7 @@ def _pictures(card: Scorecard, made: RenderData, drawn: Mapping[str, Mapping[str
 
 # %% ../../nbs/renderer/03_evaluate.ipynb #81b6a7e7
 @stage(makes=["parts/evaluate.json"], load=rebuild)
-def evaluate(run: Run) -> None:
+def evaluate(run: Run[RendererRecipe]) -> None:
     """Measure teacher, students and controls on every test split; write the scorecard."""
     students, made = train(run), data(run)
     lpips = LPIPS("alex")

@@ -153,11 +153,10 @@ def _clauses(scene: Scene) -> Iterator[tuple[Group, ...]]:
 
 # %% ../../nbs/renderer/00b_scene.ipynb #1411527b
 def _related(a: Group, b: Group, style: Style) -> str:
-    place = place_phrase(b.cell, style)
-    if not style.reverse: return " ".join(w for w in (noun_phrase(a, style), _pick(a.relation, style), noun_phrase(b, style), place) if w)
-    one = b.count == 1
+    relation, place, one = a.relation or "", place_phrase(b.cell, style), b.count == 1
+    if not style.reverse: return " ".join(w for w in (noun_phrase(a, style), _pick(relation, style), noun_phrase(b, style), place) if w)
     side = {"left of": f"to {'its' if one else 'their'} left", "right of": f"to {'its' if one else 'their'} right"}.get(
-        a.relation, f"{_pick(a.relation, style)} {'it' if one else 'them'}")
+        relation, f"{_pick(relation, style)} {'it' if one else 'them'}")
     return " ".join(w for w in (noun_phrase(b, style), place, "with", noun_phrase(a, style), side) if w)
 
 # %% ../../nbs/renderer/00b_scene.ipynb #da0390c5

@@ -9,7 +9,7 @@ __all__ = ['distill_loss', 'predict_images', 'sample_strip', 'train_student', 's
 # %% ../../nbs/renderer/02_train.ipynb #3fe015fb
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from ..core.export import building, fill, load_student, save_student
@@ -54,7 +54,7 @@ def sample_strip(made: RenderData, n: int = 8) -> Callable[[Mapping[str, nn.Modu
     return lambda modules: montage({"teacher": images, "student": predict_images(next(iter(modules.values())), tokens)}, size=0.9)
 
 # %% ../../nbs/renderer/02_train.ipynb #3a65add1
-def train_student(run: Run, name: str, made: RenderData, stop_at: int | None = None) -> Fitted:
+def train_student(run: Run[RendererRecipe], name: str, made: RenderData, stop_at: int | None = None) -> Fitted:
     """Train one student ("slots" by recipe.train, "film" by recipe.baseline); resumes by itself. Its checkpoints: checkpoints/<name>."""
     cfg = run.recipe.train if name == "slots" else run.recipe.baseline
     model, loss = build_student(name, made.vocabulary, run.recipe, made.page), distill_loss(run.recipe.loss, made.page)
@@ -71,7 +71,7 @@ def train_student(run: Run, name: str, made: RenderData, stop_at: int | None = N
                callbacks=[Strips(max(1, cfg.steps // 4), sample_strip(made))], stop_at=stop_at)
 
 # %% ../../nbs/renderer/02_train.ipynb #79de56ce
-def save_trained(path: Path, name: str, model: nn.Module, made: RenderData, recipe: RendererRecipe, dtype: str = "fp16") -> Path:
+def save_trained(path: Path, name: str, model: nn.Module, made: RenderData, recipe: RendererRecipe, dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
     """Write a student with its sizes and vocabulary as one safetensors file."""
     v = made.vocabulary
     config = {"project": "renderer", "student": name, "size": recipe.data.size, "part": getattr(recipe, name).model_dump(mode="json"), "own": made.own,
@@ -89,14 +89,14 @@ def load_trained(path: Path) -> tuple[nn.Module, Vocabulary, dict[str, Any]]:
     return fill(model, state, path).eval(), vocabulary, config
 
 # %% ../../nbs/renderer/02_train.ipynb #86ea9a91
-def load_students(run: Run) -> dict[str, nn.Module]:
+def load_students(run: Run[RendererRecipe]) -> dict[str, nn.Module]:
     """The trained students of a run, averaged weights, eval mode, on the CPU."""
     v = data(run).vocabulary
     return {name: load_fitted(run, name, build_student(name, v, run.recipe)) for name in STUDENTS}
 
 
 @stage(makes=[f"checkpoints/{name}/last" for name in STUDENTS] + [f"export/{name}.safetensors" for name in STUDENTS], load=load_students)
-def train(run: Run) -> None:
+def train(run: Run[RendererRecipe]) -> None:
     """Train the distilled student and its baseline on this run's data, and write both for use."""
     made = data(run)
     for name in STUDENTS:
