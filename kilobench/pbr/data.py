@@ -31,7 +31,7 @@ from ..core.training import mix
 from .brdf import CHANNELS, random_eyes, random_lights, render, rig, seen_points
 from .dirt import dirty
 from .materials import draw_material
-from .recipe import DataPart
+from .recipe import DataPart, PbrRecipe
 from .textures import find_materials, read_map, read_material, write_material
 
 # %% ../../nbs/pbr/00_data.ipynb #7c5d20ce
@@ -56,6 +56,11 @@ def said_of(samples: Iterable[Sample]) -> dict[str, Any]:
 def _names_a_folder(what: Any) -> bool: return isinstance(what, str) and bool(_NAME.fullmatch(what)) and not what.endswith(".")
 
 
+def _folder_name(where: str, what: Any) -> str:
+    if not _names_a_folder(what): raise UserError(f"{where[:400]}: {str(what)[:80]!r} names no folder; expected letters, digits, spaces and . + ( ) - _")
+    return what
+
+
 def read_metadata(input_dir: str | Path, views: int) -> dict[str, Sample]:
     """Sample name → sample, of a folder's render_metadata.json, flat or ours; missing, damaged or leading out of its folder: `UserError`."""
     file = Path(input_dir) / METADATA
@@ -66,10 +71,9 @@ def read_metadata(input_dir: str | Path, views: int) -> dict[str, Sample]:
 
 
 def _sample(where: str, name: str, entry: Any, views: int) -> Sample:
-    material, shots = (entry, None) if isinstance(entry, str) else (entry.get("material"), entry.get("views")) if isinstance(entry, dict) else (None, None)
-    for what in (name, material):
-        if not _names_a_folder(what): raise UserError(f"{where[:400]}: {str(what)[:80]!r} names no folder; expected letters, digits, spaces and . + ( ) - _")
-    if shots is None: return Sample(name, material, ((0.0,) * 6,) * views)
+    said: dict[str, Any] = {"material": entry} if isinstance(entry, str) else entry if isinstance(entry, dict) else {}
+    name, material = (_folder_name(where, what) for what in (name, said.get("material")))
+    if (shots := said.get("views")) is None: return Sample(name, material, ((0.0,) * 6,) * views)
     try:
         setup = tuple(tuple(float(x) for x in (*shot["light"], *shot["eye"])) for shot in shots)
         if len(setup) < views or any(len(v) != 6 or not all(-1e4 < x < 1e4 for x in v) for v in setup): raise ValueError
@@ -270,7 +274,7 @@ def stamp_of_files(*folders: str) -> str:
     return hashlib.sha256(json.dumps([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]).encode()).hexdigest()
 
 
-def data_dir(run: Run) -> Path:
+def data_dir(run: Run[PbrRecipe]) -> Path:
     """Where the data of this recipe are cached; folders of one's own count by their files."""
     part = run.recipe.data
     return run.cache("data", "data", "seed", extra={"maker": MAKER, "own": stamp_of_files(part.input_dir, part.output_dir, part.textures)})
@@ -327,13 +331,13 @@ def check_data(card: Scorecard, made: PbrData, part: DataPart) -> None:
         card.check("photographs show their material", bool(near.min() > 30 > far.mean()), f"rendered anew: {near.min():.0f} dB at the least; another material's maps: {far.mean():.0f} dB")
 
 # %% ../../nbs/pbr/00_data.ipynb #b3be0ef6
-def load_data(run: Run) -> PbrData:
+def load_data(run: Run[PbrRecipe]) -> PbrData:
     """The data of this run, made earlier."""
     return PbrData.open(data_dir(run))
 
 
 @stage(makes=lambda run: [data_dir(run) / "index.json", "parts/data.json"], load=load_data)
-def data(run: Run) -> None:
+def data(run: Run[PbrRecipe]) -> None:
     """Make the set of this recipe (cached by its hash), check it, and put the checks on the scorecard."""
     make_data(data_dir(run), run.recipe.data, run.recipe.seed)
     card = Scorecard.part(run, "data")
