@@ -102,7 +102,7 @@ def light_points(lights: Tensor, side: float = 0.0, k: int = 4) -> Tensor:
 
 def shade(maps: Tensor, points: Tensor, lights: Tensor, eyes: Tensor, side: float = 0.0) -> Tensor:
     """Linear light [..., 3, H, W] that leaves a material [..., 8, H, W] at points [..., 3, H, W] towards eyes [..., 3], lit by lights [..., 3]."""
-    material, out = split_maps(maps), 0.0
+    material, out = split_maps(maps), maps.new_zeros(())
     eye = F.normalize(eyes[..., None, None] - points, dim=-3)
     corners = light_points(lights, side)
     for spot in corners:

@@ -121,14 +121,14 @@ def ask_network(net: nn.Module, photo_size: int, size: int) -> Callable[[list[Ca
     return ask
 
 # %% ../../nbs/pbr/04_counterfactual.ipynb #c3fb6dab
-def captures_of(run: Run, n: int) -> list[Capture]:
+def captures_of(run: Run[PbrRecipe], n: int) -> list[Capture]:
     """The first n test materials as captures by the fixed rig of the recipe."""
     made = data(run)
     batch = made.fetch(made.rows(made.tests[0])[:n])
     return [Capture(m, *rig(made.views), seed=i) for i, m in enumerate(batch["maps"])]
 
 
-def assess_networks(run: Run, networks: Mapping[str, nn.Module], n: int) -> dict[str, Assessment]:
+def assess_networks(run: Run[PbrRecipe], networks: Mapping[str, nn.Module], n: int) -> dict[str, Assessment]:
     """Row → its assessment against the exact answers, on n test materials."""
     r, captures = run.recipe, captures_of(run, n)
     ask = lambda name, net: ask_network(net, r.data.image_size if name == "teacher" else r.student_size, r.map_size)
@@ -146,7 +146,7 @@ def state_criteria(card: Scorecard, row: str) -> None:
 
 # %% ../../nbs/pbr/04_counterfactual.ipynb #cfcafa3f
 @stage(makes=["parts/counterfactual.json"], load=rebuild)
-def counterfactual(run: Run) -> None:
+def counterfactual(run: Run[PbrRecipe]) -> None:
     """Edit test materials and their photographs, compare what the networks find with what was done, and put it on the scorecard."""
     networks, r = train(run), run.recipe
     card = Scorecard.part(run, "counterfactual")

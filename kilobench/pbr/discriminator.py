@@ -47,8 +47,8 @@ def seen_by(net: PatchGAN, size: int) -> Tensor:
     """[size, size]: squared gradient of the middle answer with respect to maps of that size, summed over channels; a condition is taken as grey."""
     maps = torch.full((1, 8, size, size), 0.5, requires_grad=True)
     answer = net(maps, torch.full((1, net.condition, size, size), 0.5) if net.condition else None)
-    answer[0, 0, answer.shape[2] // 2, answer.shape[3] // 2].backward()
-    return maps.grad[0].square().sum(0)
+    slope, = torch.autograd.grad(answer[0, 0, answer.shape[2] // 2, answer.shape[3] // 2], maps)
+    return slope[0].square().sum(0)
 
 
 def sides(energy: Tensor, share: float = 0.95) -> tuple[int, int]:

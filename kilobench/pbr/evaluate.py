@@ -8,6 +8,7 @@ __all__ = ['PARTS', 'metal_iou', 'score_maps', 'guesses', 'mean_material', 'aske
 
 # %% ../../nbs/pbr/03_evaluate.ipynb #7a11d249
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 import torch
 from torch import Tensor, nn
@@ -102,12 +103,12 @@ def costs(networks: Mapping[str, nn.Module], recipe: PbrRecipe, repeats: int = 1
     rows = {name: cost(net.eval(), (views[:1], rigs[:1]), batches=(1,), repeats=2, warmup=1) for name, net in networks.items()}
     used = {name: fold_norms(net) for name, net in networks.items()}
     for n in (1, 8):
-        with torch.no_grad(): times = compare_latency({name: (lambda net=net, n=n: net(views[:n], rigs[:n])) for name, net in used.items()}, repeats=repeats)
+        with torch.no_grad(): times = compare_latency({name: partial(net, views[:n], rigs[:n]) for name, net in used.items()}, repeats=repeats)
         for name, t in times.items(): rows[name] |= {f"latency_ms_b{n}": t["median_ms"], "threads": t["threads"], "device": t["device"]}
     return rows
 
 # %% ../../nbs/pbr/03_evaluate.ipynb #5711a0ad
-def exported(run: Run, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def exported(run: Run[PbrRecipe], student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Row → what the exported student scores: "student, fp16", "student, 8 bit", and the ONNX graph's largest difference."""
     def scored(state: Mapping[str, Tensor]) -> dict[str, float]:
         pred = predict_maps(fill(build("student", run.recipe), state), batch["views"], batch["rig"])
@@ -176,7 +177,7 @@ def map_sheet(batch: Mapping[str, Tensor], pred: Tensor, n: int = 4) -> Any:
 
 # %% ../../nbs/pbr/03_evaluate.ipynb #21af6da5
 @stage(makes=["parts/evaluate.json"], load=rebuild)
-def evaluate(run: Run) -> None:
+def evaluate(run: Run[PbrRecipe]) -> None:
     """Score teacher, student, twin, heuristics and controls on every split; write the scorecard."""
     networks, made, r = train(run), data(run), run.recipe
     lpips = LPIPS("alex")

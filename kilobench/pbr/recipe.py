@@ -67,7 +67,7 @@ class StudentPart(Part):
     depth: int = Field(2, ge=0, le=24, description="its layers or blocks")
     dim: int = Field(64, ge=8, multiple_of=4, description="its channels")
     heads: int = Field(4, ge=1, description="its attention heads, for vit")
-    kernel: int = Field(13, ge=3, le=51, description="side of its large kernels, odd; 17 is the seed's, 13 ESC's")
+    kernel: int = Field(13, ge=3, le=51, description="side of its large kernels, odd; 17 is the source's, 13 ESC's")
     passing: int = Field(16, ge=2, multiple_of=2, description="its channels that pass ESC's shared kernel, at most all")
     ratio: float = Field(2.0, ge=1, le=8, description="hidden over outer channels of its feed-forward parts")
     channels: tuple[int, int, int] = Field((16, 32, 48), description="pixel: channels at 1, 1/2 and 1/4 of the grid's side")

@@ -51,13 +51,13 @@ def maps_in(held: Any, depth: int = DEEP) -> dict[str, Tensor] | list[dict[str, 
     """The maps somewhere in what a file holds: by name, [N, C, H, W], or a list of single ones [C, H, W]; None if there are none."""
     if isinstance(held, Tensor): return {n: held[..., at, :, :] for n, at in CHANNELS.items()} if _is_map(held) and held.shape[-3] == 8 else None
     if isinstance(held, Mapping):
-        named = {n: next((v for k, v in held.items() if isinstance(v, Tensor) and n in str(k).lower()), None) for n in CHANNELS}
-        fit = all(v is not None and _is_map(v) and v.shape[-3] == at.stop - at.start for v, at in zip(named.values(), CHANNELS.values()))
+        named = {n: v for n in CHANNELS if (v := next((v for k, v in held.items() if isinstance(v, Tensor) and n in str(k).lower()), None)) is not None}
+        fit = len(named) == len(CHANNELS) and all(_is_map(named[n]) and named[n].shape[-3] == at.stop - at.start for n, at in CHANNELS.items())
         if fit and len({(v.shape[:-3], v.shape[-2:]) for v in named.values()}) == 1: return named
         return next((m for v in held.values() if depth and (m := maps_in(v, depth - 1))), None)
     if isinstance(held, (list, tuple)) and held:
-        singles = [maps_in(v, depth - 1) if depth else None for v in held]
-        return singles if all(isinstance(m, dict) for m in singles) else None
+        singles = [m for v in held if depth and isinstance(m := maps_in(v, depth - 1), dict)]
+        return singles if len(singles) == len(held) else None
     return None
 
 # %% ../../nbs/pbr/02b_source_shards.ipynb #94e54e38
@@ -70,8 +70,8 @@ def names_in(held: Any, depth: int = DEEP) -> list[str] | None:
             if isinstance(said, (list, tuple)) and said and all(isinstance(s, str) for s in said): return list(said)
         return next((n for v in held.values() if depth and (n := names_in(v, depth - 1))), None)
     if isinstance(held, (list, tuple)) and depth:
-        singles = [names_in(v, depth - 1) for v in held]
-        return [n for found in singles for n in found] if singles and all(singles) else None
+        singles = [found for v in held if (found := names_in(v, depth - 1))]
+        return [n for found in singles for n in found] if singles and len(singles) == len(held) else None
     return None
 
 

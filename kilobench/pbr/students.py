@@ -49,6 +49,8 @@ def orbits(size: int) -> Tensor:
 
 class SharedKernel(nn.Module):
     """The one large kernel of a trunk: called, gives [C, C, size, size], the same under quarter turns and reflections."""
+    index: Tensor
+
     def __init__(self, channels: int = 16, size: int = 13):
         super().__init__()
         index = orbits(size).flatten()
@@ -69,8 +71,9 @@ class PLKEsc(nn.Module):
         super().__init__()
         self.passing = passing
         self.norm, self.ffn, self.even, self.mix = nn.BatchNorm2d(channels), ConvFFN(channels, ratio), nn.BatchNorm2d(channels), nn.Conv2d(channels, channels, 1)
-        self.make = nn.Sequential(nn.Conv2d(passing, passing // 2, 1), nn.GELU(), nn.Conv2d(passing // 2, 9 * passing, 1))
-        nn.init.normal_(self.make[2].weight, std=0.02); nn.init.zeros_(self.make[2].bias)
+        first, last = nn.Conv2d(passing, passing // 2, 1), nn.Conv2d(passing // 2, 9 * passing, 1)
+        nn.init.normal_(last.weight, std=0.02); nn.init.zeros_(last.get_parameter("bias"))
+        self.make = nn.Sequential(first, nn.GELU(), last)
 
     def own(self, few: Tensor) -> Tensor:
         """The kernels made for samples [B, passing, h, w]: [B, 9, passing, 1, 1]."""
@@ -90,11 +93,13 @@ def rebalanced(net: nn.Module) -> nn.Module:
     """A copy that is the same function, in eval mode, with the numbers inside its ESC blocks brought to about 16, so that half precision holds them."""
     net = copy.deepcopy(net)
     for block in (m for m in net.modules() if isinstance(m, PLKEsc)):
-        c = 2.0 ** max(0, math.ceil(math.log2(float(block.even.running_var.max()) ** 0.5 / 16)))
+        mean, var = block.even.running_mean, block.even.running_var
+        assert mean is not None and var is not None
+        c = 2.0 ** max(0, math.ceil(math.log2(float(var.max()) ** 0.5 / 16)))
         with torch.no_grad():
-            for x in (block.ffn.back.weight, block.ffn.back.bias, block.even.running_mean): x.div_(c)
-            block.make[0].weight.mul_(c)
-            block.even.running_var.div_(c * c)
+            for x in (*block.ffn.back.parameters(), mean): x.div_(c)
+            block.make.get_parameter("0.weight").mul_(c)
+            var.div_(c * c)
     return net
 
 # %% ../../nbs/pbr/01a_students.ipynb #5302be91
@@ -141,13 +146,14 @@ class Head(nn.Module):
         super().__init__()
         side = scale * grid
         fine = nn.Conv2d(2 * channels if scale > 1 else channels, 8 * side**2, 3, padding=1)
-        with torch.no_grad(): fine.weight.copy_(fine.weight[::side**2].repeat_interleave(side**2, 0)); fine.bias.zero_()
+        with torch.no_grad(): fine.weight.copy_(fine.weight[::side**2].repeat_interleave(side**2, 0))
+        nn.init.zeros_(fine.get_parameter("bias"))
         self.layers = nn.Sequential(*([conv(channels, 2 * channels)] if scale > 1 else []), fine, nn.PixelShuffle(side)) if side > 1 else fine
 
     def forward(self, x: Tensor) -> Tensor: return to_maps(self.layers(x))
 
 # %% ../../nbs/pbr/01a_students.ipynb #0766c714
-def mobilenet(backbone: str, weights: Path | None = None) -> nn.Module:
+def mobilenet(backbone: str, weights: Path | None = None) -> Any:
     """[N, 6, H, W] → five feature maps at 1/2 … 1/32; from a file of timm's own weights, for three channels, if one is given."""
     return six_channels(backbone, "conv_stem", weights, features_only=True)
 
@@ -204,7 +210,7 @@ class PixelStudent(nn.Module):
         return self.head(self.up[1](self.up[0](self.trunk(self.quarter(mid)), mid), fine))
 
 
-def build_student(part: str | StudentPart) -> nn.Module:
+def build_student(part: str | StudentPart) -> PixelStudent | MobileStudent:
     """The network of a part, or of a name in STUDENTS."""
     part = student_part(part) if isinstance(part, str) else part
-    return {"pixel": PixelStudent, "mobile": MobileStudent}[part.kind](part)
+    return PixelStudent(part) if part.kind == "pixel" else MobileStudent(part)

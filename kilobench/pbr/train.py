@@ -13,7 +13,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from .brdf import plane_points, render, split_maps, to_linear, to_srgb, unseen_l
 from .data import PbrData, data, stamp_of_files
 from .discriminator import PatchGAN, d_loss, g_loss
 from .losses import degrees, map_terms, material_loss
-from .model import NETWORKS, build
+from .model import NETWORKS, Network, build
 from .recipe import PbrRecipe
 from .source_shards import SourceShards, check_order
 from .students import rebalanced
@@ -142,7 +142,7 @@ def teacher_updates(recipe: PbrRecipe) -> list[Update]:
     return updates
 
 
-def train_teacher(run: Run, made: PbrData, stop_at: int | None = None) -> Fitted:
+def train_teacher(run: Run[PbrRecipe], made: PbrData, stop_at: int | None = None) -> Fitted:
     """Train the teacher; resumes by itself."""
     r, cfg = run.recipe, run.recipe.train
     modules: dict[str, nn.Module] = {"teacher": build("teacher", r)}
@@ -172,7 +172,7 @@ class Answers:
         return torch.cat([maps[:, :5], F.normalize(maps[:, 5:], dim=1)], 1)
 
 
-def others_answers(run: Run, made: PbrData, size: int) -> Answers:
+def others_answers(run: Run[PbrRecipe], made: PbrData, size: int) -> Answers:
     """The answers in `shards.input_dir`, checked against the materials and kept like a teacher's own."""
     part, rows = run.recipe.shards, made.rows("train")
     theirs, some = SourceShards(part.input_dir, part.order), rows[::max(1, len(rows) // 32)][:32]
@@ -188,7 +188,7 @@ def others_answers(run: Run, made: PbrData, size: int) -> Answers:
     return Answers(build_shards(where, make, len(rows), shard_size=part.size, meta={"from": part.input_dir, "resolution": size}, store={"maps": "fp16", "key": "keep"}, progress=False))
 
 
-def ask_teacher(run: Run, made: PbrData, teacher: nn.Module) -> Answers:
+def ask_teacher(run: Run[PbrRecipe], made: PbrData, teacher: nn.Module) -> Answers:
     """The frozen teacher's maps for all training samples, computed once and cached; or those of `shards.input_dir`."""
     r, rows = run.recipe, made.rows("train")
     size = r.shards.output_size or r.map_size
@@ -226,7 +226,9 @@ class Taught(Split):
 
 def before_head(net: nn.Module) -> str:
     """The path of the sub-module whose output a network's head reads."""
-    return f"up.{len(net.up) - 1}"
+    up = net.get_submodule("up")
+    assert isinstance(up, nn.ModuleList)
+    return f"up.{len(up) - 1}"
 
 
 def student_update(name: str, recipe: PbrRecipe, teacher: nn.Module | None = None) -> Update:
@@ -251,11 +253,11 @@ def student_update(name: str, recipe: PbrRecipe, teacher: nn.Module | None = Non
     return Update(name, [name] + (["projector"] if teacher is not None else []), loss)
 
 
-def train_student(run: Run, name: str, made: PbrData, answers: Answers | None = None, teacher: nn.Module | None = None, stop_at: int | None = None) -> Fitted:
+def train_student(run: Run[PbrRecipe], name: str, made: PbrData, answers: Answers | None = None, teacher: Network | None = None, stop_at: int | None = None) -> Fitted:
     """Train "student" (with answers) or "alone"; resumes by itself."""
     r = run.recipe
-    cfg, net = r.baseline if name == "alone" else r.distil, build(name, r)
-    modules, update = {name: net}, student_update(name, r)
+    cfg, net, update = r.baseline if name == "alone" else r.distil, build(name, r), student_update(name, r)
+    modules: dict[str, nn.Module] = {name: net}
     if name == "student" and r.loss.w_feature and teacher is not None:
         modules["projector"] = Projector(net.head_channels, teacher.head_channels, kind="conv")
         update = student_update(name, r, freeze(teacher).to(run.device))
@@ -269,7 +271,7 @@ def usual_rig(made: PbrData) -> list[list[float]]:
     return (rigs[0] if (rigs == rigs[:1]).all() else torch.zeros_like(rigs[0])).tolist()
 
 
-def save_trained(path: Path, name: str, model: nn.Module, recipe: PbrRecipe, rig: list[list[float]], dtype: str = "fp16") -> Path:
+def save_trained(path: Path, name: str, model: nn.Module, recipe: PbrRecipe, rig: list[list[float]], dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
     """Write a network with its sizes and the rig that its photographs are taken with (`usual_rig`) as one safetensors file."""
     part = recipe.model if name == "teacher" else recipe.student
     config = {"project": "pbr", "network": name, "part": part.model_dump(mode="json"), "views": recipe.data.num_views, "rig": rig,
@@ -289,13 +291,13 @@ def load_trained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     return fill(model, state, path).eval(), config
 
 # %% ../../nbs/pbr/02_train.ipynb #d267214a
-def load_networks(run: Run) -> dict[str, nn.Module]:
+def load_networks(run: Run[PbrRecipe]) -> dict[str, Network]:
     """The trained networks of a run, averaged weights, eval mode, on the CPU."""
     return {name: load_fitted(run, name, build(name, run.recipe)) for name in NETWORKS}
 
 
 @stage(makes=["answers.json"] + [f"checkpoints/{name}/last" for name in NETWORKS] + [f"export/{name}.safetensors" for name in NETWORKS], load=load_networks)
-def train(run: Run) -> None:
+def train(run: Run[PbrRecipe]) -> None:
     """Train the teacher, keep its answers, train the student and its twin, and write all for use."""
     made = data(run)
     done = {"teacher": train_teacher(run, made).modules["teacher"]}

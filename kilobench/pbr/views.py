@@ -114,7 +114,7 @@ def weights_file(backbone: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def six_channels(name: str, stem: str, weights: Path | None = None, **kw: Any) -> nn.Module:
+def six_channels(name: str, stem: str, weights: Path | None = None, **kw: Any) -> Any:
     """A timm network by name whose first convolution, at path `stem`, takes [N, 6, H, W]; from a file of timm's own weights, if one is given."""
     import_torchvision()
     import timm
