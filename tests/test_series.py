@@ -1,4 +1,5 @@
 """Series: order, parameters, resume, the ways a notebook can end, signals, and the reference; with real kernels on tiny notebooks."""
+import io
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from toy_project import PARAMETERS, STAGES, Toy, read_until, write_notebook, wri
 
 from kilobench.core.recipe import Recipe, UserError, find_projects
 from kilobench.core.run import Run, notebooks_dir, write_json
-from kilobench.core.series import (StageFailed, check_parameters, execute, find_series, is_finished, parameters_of, private_kernel, publish_reference,
+from kilobench.core.series import (StageFailed, _in_256_colours, check_parameters, execute, find_series, is_finished, parameters_of, private_kernel, publish_reference,
                                    run_series)
 
 
@@ -335,3 +336,15 @@ REAL = [p for p in find_projects() if all(list((notebooks_dir() / p).glob(f"[0-9
 @pytest.mark.parametrize("project", REAL)
 def test_every_project_has_its_series_run_at_smoke_size(project):
     assert f'assert_series_runs("{project}"' in (Path(__file__).parent / f"test_{project}.py").read_text()     # there, so that two workers share them
+
+
+def test_a_small_patch_keeps_its_colour_in_256():
+    """The first references turned red balls orange and pink cones white: most of a picture is page and shades of grey."""
+    y, x = np.mgrid[:300, :600]
+    page = np.stack([200 + y // 8, 205 + x // 16, 210 + (x + y) // 24], -1).clip(0, 255).astype(np.uint8)
+    for i, hue in enumerate(colours := [(220, 30, 40), (40, 60, 220), (250, 160, 190), (20, 160, 60), (240, 200, 30), (120, 40, 160)]):
+        shade = np.linspace(0.4, 1, 12)[:, None, None]
+        page[40:52, 20 + 40 * i:32 + 40 * i] = np.asarray(hue) * shade
+    Image.fromarray(page).save(data := io.BytesIO(), "PNG")
+    less = np.asarray(Image.open(io.BytesIO(_in_256_colours(data.getvalue()))).convert("RGB")).astype(int)
+    assert len(colours) == 6 and np.abs(less - page).max() <= 32

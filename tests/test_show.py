@@ -216,3 +216,11 @@ def test_beside_keeps_every_pixel():
     sheet = np.asarray(beside([a, b, a], scale=2, gap=3))
     assert sheet.shape == (8, 3 * 12 + 2 * 3, 3) and (sheet[:, :12] == 0).all() and (sheet[:, 12:30] == 255).all() and (sheet[:, 30:] != 255).sum() == 8 * 12 * 3
     with pytest.raises(UserError, match="6×4, 5×4"): beside([a, torch.zeros(3, 4, 5)])
+
+
+def test_captions_of_several_lines_are_whole():
+    images = [np.full((32, 32, 3), 0.5)] * 4
+    for figure in (grid(images, ["gypq", "two\nlines gypq", "three\nlines\ngypq", ""]), montage({"a": images, "b": images}, notes={"b": ["two\nlines gypq"] * 4}), grid(images, ["gypq"] * 4, columns=2)):
+        figure.draw_without_rendering()
+        boxes = [ax.xaxis.label.get_window_extent() for ax in figure.axes if ax.get_xlabel()]
+        assert boxes and all(b.y0 >= 0 and b.y1 <= figure.bbox.height for b in boxes)

@@ -2,8 +2,9 @@
 
 Run as a script this file is the other process: `serve` forks one child for each job on its stdin, `ranks` is what torchrun starts.
 """
-import json, os, random, re, resource, shutil, signal, socket, subprocess, sys, threading
+import json, os, queue, random, re, resource, shutil, signal, socket, subprocess, sys, threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -596,6 +597,21 @@ def test_tensorboard_and_strips(tmp_path):
     assert [e.step for e in events.Scalars("l2")] == [7, 14, 15, 21, 28, 30] and "grad_norm" in events.Tags()["scalars"]
     assert {name: [e.step for e in events.Images(name)] for name in ("look", "curve")} == {"look": [10, 20, 30], "curve": [30]}
     assert sorted(p.name for p in (tmp_path / "r/figures").iterdir()) == ["curve-0000030.png", *(f"look-{s:07d}.png" for s in (10, 20, 30))]
+
+
+def test_tensorboards_thread_tells_its_caller_and_nobody_else(monkeypatch):
+    """A full disk under tb/ was one clear line, and a traceback of another thread above it."""
+    from kilobench.core.training import _leave_to_the_caller
+    from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda died: told.append(died.thread))
+    _leave_to_the_caller.__wrapped__()
+    def full(_): raise OSError(28, "No space left on device")
+    asked = queue.Queue()
+    asked.put(b"row")
+    thread, other = _AsyncWriterThread(asked, SimpleNamespace(write=full, flush=lambda: None), 1), threading.Thread(target=full, args=(0,))
+    for t in (thread, other): t.start(); t.join()
+    assert isinstance(thread.exception, OSError) and told == [other]
 
 
 def test_wandb_that_is_asked_for_and_not_there(tmp_path, monkeypatch):

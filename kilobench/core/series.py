@@ -361,7 +361,9 @@ def _small_pictures(run: Run, say: Callable[[str], None]) -> dict[str, bytes]:
 
 def _in_256_colours(png: bytes) -> bytes:
     from PIL import Image
-    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(out := io.BytesIO(), "PNG", optimize=True)
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    # chosen to cover the colours, then moved to their means: a median cut spends all on the large areas and turns a small red ball orange
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=4).save(out := io.BytesIO(), "PNG", optimize=True)
     return out.getvalue()
 
 def publish_reference(run: Run, goal: Path | None = None, say: Callable[[str], None] = print) -> Path:

@@ -144,7 +144,7 @@ def _cell(ax, image: np.ndarray | None, note: str = "") -> None:
     """Draw one picture of a montage, without ticks or box; the note goes below it."""
     ax.set(xticks=[], yticks=[]); ax.grid(False)
     for spine in ax.spines.values(): spine.set_visible(False)
-    if image is not None: ax.imshow(image)
+    if image is not None: ax.imshow(image); ax.set_anchor("N")      # what a slot is too high goes below, where the note is
     if note: ax.set_xlabel(note, fontsize=7.5, labelpad=2)
 
 # %% ../../nbs/core/09_show.ipynb #06bcd31d
@@ -157,7 +157,7 @@ def montage(rows: Mapping[str, Any], titles: Sequence[str] = (), notes: Mapping[
     cols, (h, w) = max(len(r) for r in arrays.values()), shown[0].shape[:2]
     size = min(size, 9 / cols)
     lines = lambda texts: max((1 + str(t).count("\n") for t in texts if t), default=0) * 0.16
-    words = lines(titles) + sum(lines(row) for row in (notes or {}).values()) + (0.25 if title else 0)
+    words = lines(titles) + sum(lines(row) for row in (notes or {}).values()) + (0.25 if title else 0) + (0.03 if notes else 0)
     with style():
         fig = new_figure(0.35 + 0.075 * max(map(len, arrays)) + size * cols, words + (size * h / w + 0.03) * len(arrays))
         cast(ConstrainedLayoutEngine, fig.get_layout_engine()).set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -269,6 +270,13 @@ class Meter:
         out, self.sums = {k: s / n for k, (s, n) in self.sums.items()}, {}
         return out
 
+# %% ../../nbs/core/05_training.ipynb #a068eed0
+@cache
+def _leave_to_the_caller() -> None:
+    # TensorBoard's writing thread hands its error (a full disk) to the next write; threading would print its traceback, too
+    before = threading.excepthook
+    threading.excepthook = lambda died: None if type(died.thread).__name__ == "_AsyncWriterThread" else before(died)
+
 # %% ../../nbs/core/05_training.ipynb #995544a8
 @dataclass
 class FitState:
@@ -327,6 +335,7 @@ class FitState:
         """TensorBoard's writer for this training, made when first asked for."""
         if self.board is None:
             from torch.utils.tensorboard import SummaryWriter
+            _leave_to_the_caller()
             self.board = SummaryWriter(str(self.run.path("tb", self.name)), purge_step=self.first if self.first > 1 else None)
         return self.board
 

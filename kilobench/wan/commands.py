@@ -219,6 +219,7 @@ def check_answers(home: Path) -> None:
     from kilobench.wan.train import latent_shape, teacher_of
     made = load_data(run := Run.load(home))
     films = Shards.open(made.dir).verify()
+    for folder in sorted(made.dir.parent.glob("latents-*")): Shards.open(folder).verify()      # read again only where a small Wan is trained anew
     teacher, _ = teacher_of(run, made)
     side, channels = latent_shape(teacher, run.recipe.data.image_size)
     kept = ask_teacher(run, teacher, prompts_of(run.recipe, made), (channels, side, side))      # sums are compared as it is opened
