@@ -348,3 +348,10 @@ def test_a_small_patch_keeps_its_colour_in_256():
     Image.fromarray(page).save(data := io.BytesIO(), "PNG")
     less = np.asarray(Image.open(io.BytesIO(_in_256_colours(data.getvalue()))).convert("RGB")).astype(int)
     assert len(colours) == 6 and np.abs(less - page).max() <= 32
+
+
+def test_papermill_itself_sees_every_parameter_of_a_stage():
+    """Its parser gives up on a line with two equals signs, and then says that `overrides` is unknown."""
+    import papermill
+    stages = [s.notebook for p in find_projects() for s in find_series(p)]
+    assert len(stages) == 25 and all({"preset", "run_dir", "overrides"} <= papermill.inspect_notebook(s).keys() for s in stages)

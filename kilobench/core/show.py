@@ -157,10 +157,10 @@ def montage(rows: Mapping[str, Any], titles: Sequence[str] = (), notes: Mapping[
     cols, (h, w) = max(len(r) for r in arrays.values()), shown[0].shape[:2]
     size = min(size, 9 / cols)
     lines = lambda texts: max((1 + str(t).count("\n") for t in texts if t), default=0) * 0.16
-    words = lines(titles) + sum(lines(row) for row in (notes or {}).values()) + (0.25 if title else 0) + (0.03 if notes else 0)
+    words = lines(titles) + sum(lines(row) for row in (notes or {}).values()) + (0.25 if title else 0) + 0.03 * (len(arrays) + 1) * bool(notes)
     with style():
         fig = new_figure(0.35 + 0.075 * max(map(len, arrays)) + size * cols, words + (size * h / w + 0.03) * len(arrays))
-        cast(ConstrainedLayoutEngine, fig.get_layout_engine()).set(w_pad=0.015, h_pad=0.015, wspace=0.01, hspace=0.01)
+        cast(ConstrainedLayoutEngine, fig.get_layout_engine()).set(w_pad=0.015, h_pad=0.04, wspace=0.01, hspace=0.01)
         axes = fig.subplots(len(arrays), cols, squeeze=False)
         for line, (name, images) in zip(axes, arrays.items()):
             below = list((notes or {}).get(name, ()))[:cols]
