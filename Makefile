@@ -19,7 +19,7 @@ export GOMP_SPINCOUNT := 30000
 help:
 	@echo "make run      the main job: kilobench run renderer --preset cpu, at most ten minutes on two cores"
 	@echo "make test     everything CI checks"
-	@echo "make robust   kills, damage, full disks, hostile files over all five projects: twenty minutes or so; ROBUST_INPUTS=20 ROBUST_KILLS=5 ROBUST_DAMAGES=0.1 for a short one"
+	@echo "make robust   kills, damage, full disks, hostile files over all five projects: half an hour or so; ROBUST_INPUTS=20 ROBUST_KILLS=5 ROBUST_DAMAGES=0.1 for a short one"
 	@echo "make lab      JupyterLab on localhost"
 	@echo "make docs     the site into outputs/docs/html: notebooks executed, API, how-tos; looked at in Chromium where there is one"
 	@echo "make install  only the set-up (.venv); PYTHON=… chooses the interpreter, 3.11 or newer"
