@@ -292,7 +292,7 @@ def test_only_like_protocols_share_a_table_and_projects_no_axis(outputs, capsys)
     assert list(table.columns) == ["setting", "row", "role", "runs", "criteria", "psnr/iid", "latency, ms", "parameters"] and list(table["psnr/iid"])[1] == "31.50 ± 0.71"
     assert list(table["row"]) == ["oracle", "small", "blank page"] and list(table["setting"]) == ["smoke", "smoke", ""] and table["latency, ms"][2] == ""
     figure = picture(found)
-    assert [ax.get_title("left") for ax in figure.axes if ax.get_title("left")] == [f"{t}: psnr/iid, more is better" for t in ("other", "toy", "toy, protocol 2")]
+    assert [ax.get_title("left") for ax in figure.axes if ax.get_title("left")] == [f"{t}: PSNR · iid, more is better" for t in ("other", "toy", "toy, protocol 2")]
     assert len({ax.get_ylim() for ax in figure.axes[:3]}) == 3
     for metric, known in (("ssmi", "did you mean 'ssim/iid'"), ("lpips", "the nearest is")):
         with pytest.raises(UserError, match=f"--metric.*{known}"): panels(finished_runs(), [metric])
