@@ -3,6 +3,7 @@ import base64
 import copy
 import html
 import json
+import os
 import re
 from pathlib import Path
 
@@ -66,13 +67,18 @@ def _cell(cell: nbformat.NotebookNode, where: Path, names: set[str]) -> nbformat
 # ---- prose ----
 
 def linked(text: str, where: Path, names: set[str]) -> str:
-    """Prose in which `core/05_training` and `01a_scores` are links to those pages, and a skipped level of headings is not."""
+    """Prose in which `core/05_training` and `01a_scores` are links to those pages, and a link to a notebook that is no page is its name."""
     def link(m: re.Match) -> str:
         said = m.group(1)
         word = said.removeprefix("nbs/").removesuffix(".ipynb")
         page = next((w for w in (word, f"{where.parent.as_posix()}/{word}") if w in names and w != where.with_suffix("").as_posix()), None)
         return f"[`{said}`](/{page}.ipynb)" if page else m.group(0)
     text = re.sub(r"(?<![\[`])`((?:[a-z]+/)*\d\d[a-z]?_\w+(?:\.ipynb)?)`(?![`\]])", link, text)
+    def elsewhere(m: re.Match) -> str:
+        target = os.path.normpath(where.parent / m.group(2))
+        if target == "index": return f"[{m.group(1)}](/index.md)"
+        return m.group(0) if target in names else f"{m.group(1)} (`nbs/{target}.ipynb`)"
+    text = re.sub(r"\[([^\]\n]+)\]\((?!/|\w+:)([^)\s#]+)\.ipynb\)", elsewhere, text)
     return re.sub(r"^> (?=\S)", "> ", text, flags=re.M)
 
 

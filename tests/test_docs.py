@@ -46,6 +46,8 @@ def test_prose_links_to_pages_that_are_there():
     assert linked("see `core/05_training` and `04a_muon`, not `core/99_none`", Path("core/06_metrics.ipynb"), names) == \
         "see [`core/05_training`](/core/05_training.ipynb) and [`04a_muon`](/core/04a_muon.ipynb), not `core/99_none`"
     assert linked("`05_training`", Path("core/05_training.ipynb"), names) == "`05_training`", "no page links to itself"
+    assert linked("[speed](../bench/x_speed.ipynb), [home](../index.ipynb), [muon](04a_muon.ipynb)", Path("core/06_metrics.ipynb"), names) == \
+        "speed (`nbs/bench/x_speed.ipynb`), [home](/index.md), [muon](04a_muon.ipynb)", "bench is no part of the site"
     assert linked("[`core/05_training`](x)", Path("core/06_metrics.ipynb"), names) == "[`core/05_training`](x)"
 
 
