@@ -132,7 +132,7 @@ def write_notebook(notebook: Path, names: set[str]) -> None:
     shown = page(nbformat.read(copy if copy.exists() else notebook, 4), where, names)
     if notebook in {s.notebook for s in (find_series(where.parts[0]) if where.parts[0] in find_projects() else [])}:
         shown.cells.insert(1, nbformat.v4.new_markdown_cell(SMOKE))
-        if said := gallery(where.parts[0], where.stem): shown.cells.append(nbformat.v4.new_markdown_cell(said))
+        if said := gallery(where.parts[0], where.stem, "\n".join(c.source for c in shown.cells)): shown.cells.append(nbformat.v4.new_markdown_cell(said))
         tape = EXECUTED / where.parent / "explorer.html"
         if where.stem.endswith("counterfactual") and tape.exists() and (played := tape.read_text(encoding="utf-8")):
             out = nbformat.v4.new_output("display_data", data={"text/html": played})

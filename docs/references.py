@@ -1,7 +1,9 @@
 """What the pages show of the committed references: a picture, a few rows of the bench, the whole scorecard. No figure is typed by hand."""
 import html
 import json
+import re
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from kilobench.core.recipe import UserError, find_projects, load_recipe_class
@@ -40,11 +42,16 @@ def picture(project: str, name: str, caption: str) -> str:
     return f":::{{figure}} /_static/references/{project}/{name}\n:alt: {caption}\n:class: kb-wide\n\n{caption}\n:::"
 
 
-def gallery(project: str, stage: str) -> str:
-    """For the pages of 03_evaluate and 04_counterfactual: what the committed run drew there, as a last section; '' elsewhere."""
-    found = [f for f in sorted((_home(project) / "figures").glob("*.png")) if f.name.startswith("what-if") == stage.endswith("counterfactual")]
-    if not found or not stage.endswith(("evaluate", "counterfactual")): return ""
-    return "\n\n".join(["## The committed run", f"The same pictures from the reference of the `{PRESET}` preset, in place of the toy's above.", *(picture(project, f.name, _words(f)) for f in found)])
+def gallery(project: str, stage: str, source: str = "") -> str:
+    """For the pages of 03_evaluate and 04_counterfactual: what the committed run drew there and the notebook's own cells (source) do not show, as a last section; '' elsewhere."""
+    if not stage.endswith(("evaluate", "counterfactual")): return ""
+    drawn = [f for f in sorted((_home(project) / "figures").glob("*.png")) if f.name.startswith("what-if") == stage.endswith("counterfactual")]
+    named = re.findall(r"[\"']([\w*.-]+\.png)[\"']", source)
+    found = [f for f in drawn if not any(fnmatch(f.name, n) for n in named)]
+    if not found: return ""
+    head, line = (("The committed run", "The same pictures from the reference of the `{}` preset, in place of the toy's above.") if len(found) == len(drawn)
+                  else ("More of the committed run", "What else the reference of the `{}` preset drew."))
+    return "\n\n".join([f"## {head}", line.format(PRESET), *(picture(project, f.name, _words(f)) for f in found)])
 
 
 def verdict(project: str) -> str: return Report.load(_home(project)).verdict

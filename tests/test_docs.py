@@ -119,3 +119,11 @@ def test_every_formula_becomes_mathml():
             text = re.sub(r"```.*?```|`[^`]*`", "", c.source, flags=re.S)
             bad += [f"{f.name}: {formula}" for formula in re.findall(r"\$\$(.+?)\$\$|\$([^$\n]+)\$", text, flags=re.S) for said in [mathml._mathml("".join(formula), "inline")] if "\\" in said or "<math" not in said]
     assert not bad
+
+
+def test_a_picture_that_the_notebook_shows_is_not_shown_again():
+    whole = references.gallery("design", "03_evaluate")
+    some = references.gallery("design", "03_evaluate", 'Image(filename=home / "figures" / "the-four-scores.png"); next(home.glob("designs-*.png"))')
+    assert all(n in whole for n in ("the-four-scores.png", "designs-taken-apart.png", "searching-the-noise.png")) and "more" not in whole.lower().splitlines()[0]
+    assert "searching-the-noise.png" in some and "the-four-scores" not in some and "designs-taken" not in some and some.startswith("## More")
+    assert references.gallery("design", "03_evaluate", '"*.png"') == references.gallery("design", "02_train") == ""
