@@ -13,7 +13,6 @@ import base64
 import math
 import os
 import re
-import struct
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from ..core.recipe import UserError, nearest
-from ..core.run import atomic_path, write_json
+from ..core.run import UNREADABLE, atomic_path, write_json
 from .brdf import CHANNELS, split_maps, to_linear, to_srgb
 
 # %% ../../nbs/pbr/00c_textures.ipynb #d9c6c8a3
@@ -97,7 +96,7 @@ def _opened(file: Path) -> Iterator[Image.Image]:
             if im.width * im.height > MAX_PIXELS: raise UserError(f"{file}: {im.width} × {im.height} pixels; at most {MAX_PIXELS:,} are read, make it smaller")
             yield im
     except Image.DecompressionBombError: raise UserError(f"{file}: far too large; at most {MAX_PIXELS:,} pixels are read, make it smaller") from None
-    except (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, OverflowError) as e:
+    except UNREADABLE as e:
         why = "of no known kind" if isinstance(e, UnidentifiedImageError) else getattr(e, "strerror", None) or (str(e).splitlines() or ["damaged"])[0][:80]
         raise UserError(f"{file}: not a picture that can be read ({why}); expected PNG, JPEG, TIFF or WebP") from None
 
