@@ -342,16 +342,16 @@ def test_a_small_patch_keeps_its_colour_in_256():
     """The first references turned red balls orange and pink cones white: most of a picture is page and shades of grey."""
     y, x = np.mgrid[:300, :600]
     page = np.stack([200 + y // 8, 205 + x // 16, 210 + (x + y) // 24], -1).clip(0, 255).astype(np.uint8)
-    for i, hue in enumerate(colours := [(220, 30, 40), (40, 60, 220), (250, 160, 190), (20, 160, 60), (240, 200, 30), (120, 40, 160)]):
+    for i, hue in enumerate([(220, 30, 40), (40, 60, 220), (250, 160, 190), (20, 160, 60), (240, 200, 30), (120, 40, 160)]):
         shade = np.linspace(0.4, 1, 12)[:, None, None]
         page[40:52, 20 + 40 * i:32 + 40 * i] = np.asarray(hue) * shade
     Image.fromarray(page).save(data := io.BytesIO(), "PNG")
     less = np.asarray(Image.open(io.BytesIO(_in_256_colours(data.getvalue()))).convert("RGB")).astype(int)
-    assert len(colours) == 6 and np.abs(less - page).max() <= 32
+    assert np.abs(less - page).max() <= 32
 
 
 def test_papermill_itself_sees_every_parameter_of_a_stage():
     """Its parser gives up on a line with two equals signs, and then says that `overrides` is unknown."""
     import papermill
     stages = [s.notebook for p in find_projects() for s in find_series(p)]
-    assert len(stages) == 25 and all({"preset", "run_dir", "overrides"} <= papermill.inspect_notebook(s).keys() for s in stages)
+    assert stages and all({"preset", "run_dir", "overrides"} <= papermill.inspect_notebook(s).keys() for s in stages)

@@ -70,7 +70,7 @@ def _misused(e: typer.TyperException) -> str:
 
 def _in_words(e: BaseException) -> tuple[str, int]:
     """What to say about an exception, and the exit code."""
-    if isinstance(e, UserError): return str(e), getattr(e, "exit_code", 2)
+    if isinstance(e, UserError): return str(e), e.exit_code
     if isinstance(e, typer.TyperException): return _misused(e), 2
     if isinstance(e, KeyboardInterrupt | typer.Abort): return "interrupted", 130
     return f"a fault in kilobench: {type(e).__name__}: {str(e)[:300]} (again with --debug for the traceback)", 1

@@ -172,7 +172,7 @@ def run_point(sweep: str, folder: str, home: tuple[str, str, str], slots: Mappin
         return Outcome("done", seconds=time.perf_counter() - begun)
     except Stopped: return Outcome("stopped", seconds=time.perf_counter() - begun)
     except KernelDied: raise
-    except UserError as e: return Outcome("failed", str(e), getattr(e, "exit_code", 2), time.perf_counter() - begun)
+    except UserError as e: return Outcome("failed", str(e), e.exit_code, time.perf_counter() - begun)
     except Exception as e: return Outcome("failed", f"a fault in kilobench: {type(e).__name__}: {str(e)[:300]}", 1, time.perf_counter() - begun)
     finally: _halts[sweep].pop(folder, None)
 
@@ -358,7 +358,7 @@ def _ended(future: "distributed.Future") -> Outcome:
     if future.status == "finished": return future.result()
     if future.status != "error": return Outcome("failed", "the cluster is gone, or gave the point up; the same command goes on from here", 1)
     error = future.exception()
-    if isinstance(error, UserError): return Outcome("failed", str(error), getattr(error, "exit_code", 2))
+    if isinstance(error, UserError): return Outcome("failed", str(error), error.exit_code)
     if type(error).__name__ == "KilledWorker": return Outcome("failed", "its worker was lost four times, often for want of memory; fewer --jobs may help", 1)
     return Outcome("failed", f"a fault in kilobench: {type(error).__name__}: {str(error)[:300]}", 1)
 

@@ -116,7 +116,7 @@ def judge(project: str, f: Path, how: str, name: str, was: tuple, now: tuple, wh
     label = f"{project}: {f.name} {how}, {name}: "
     if code == 0:
         if (said, made) == (was[1], was[3]): return []
-        if f.name in errors: return []    # less than before (a view without the teacher beside it), and a line says for what file's sake
+        if any(x.startswith("no teacher beside") and f.name in x for x in errors.splitlines()): return []    # the student alone, and the line names the file
         if not whole_seal: return []      # without a checksum a flipped figure is shown as it stands
         return [label + f"silently another answer: {said[-200:]!r}"]
     lines = quiet(errors)
