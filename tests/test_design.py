@@ -33,7 +33,7 @@ from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_E
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
 from kilobench.design.train import answer_loss, composite_loss, load_trained, student_loss, train, turned
 
-TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("audit", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("tune", 2), ("reward", 2)))])
+TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("audit", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("match", 2), ("tune", 2), ("arrive", 2), ("reward", 2)))])
 seeds = st.integers(0, 2**31)
 
 
@@ -526,7 +526,7 @@ def test_a_run_has_every_row_its_controls_and_its_ceilings(run):
     roles = {r.name: r.role for r in report.rows}
     assert roles["unet + resnet"] == "teacher" and roles["compact"] == "student" and roles["compact, alone"] == "baseline"
     assert {n for n, r in roles.items() if r == "control"} == {"mean design", "another design", YARDSTICK, BAYES, "blank page", "mean picture"}
-    assert roles["decoder, 4 steps"] == "teacher" and roles["decoder, 2 steps"] == "baseline" and {"few-step, 2", "one-step, 1", "few-step, rewarded", "innovation"} <= {n for n, r in roles.items() if r == "student"}
+    assert roles["decoder, 4 steps"] == "teacher" and {"decoder, 2 steps", "halved, 2", "consistent, 2", "consistent, 1"} <= {n for n, r in roles.items() if r == "baseline"} and {"few-step, 2", "one-step, 1", "few-step, rewarded", "innovation"} <= {n for n, r in roles.items() if r == "student"}
     assert {"goal_acc", "format_acc", "tone_mse"} <= set(report.data.ceilings) and report.collapsed and not any(c.passed for c in report.criteria)    # six steps teach nobody
     student = next(r for r in report.rows if r.name == "compact")
     assert student.cost["params"] * 8 <= next(r for r in report.rows if r.name == "unet + resnet").cost["params"] and student.cost["speedup_b1"] > 0

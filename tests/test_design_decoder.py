@@ -9,13 +9,13 @@ from hypothesis import example, given, settings, strategies as st
 from kilobench.core.recipe import UserError
 from kilobench.design.decoder import (NOISE_STEPS, SCHEDULES, Attention, Decoder, Denoiser, Tokens, brief_of, busy_times, denoising_loss, evaluations, guided, nearest_colour, sample, schedule,
                                       training_times, waves)
-from kilobench.design.distil import SeenDistance, clean_guess, consistency_loss, halving_loss, leap, step_times, two_steps
+from kilobench.design.distil import SeenDistance, clean_guess, consistency_loss, halving_loss, leap, matching_loss, sampled, step_times, two_steps
 from kilobench.design.generated import HARMS, fidelity, oracle_means
 from kilobench.design.model import UNet
 from kilobench.design.parse import RULED, is_design, parse, parsed_scores, ruled
 from kilobench.design.recipe import LossPart
 from kilobench.design.render import COLOUR, LAYERS, LEVEL, render
-from kilobench.design.reward import ascend, believed, best_of, duel, innovate, norm_prior, reward_loss, sampled, unsure
+from kilobench.design.reward import ascend, believed, best_of, duel, innovate, norm_prior, reward_loss, unsure
 from kilobench.design.scene import FORMATS, GOALS, SIDE, draw_scene
 from kilobench.design.steering import another, same, shows
 
@@ -256,6 +256,33 @@ def test_students_learn_and_their_parents_stay(net):
         loss().backward()
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in student.parameters()) and all(p.grad is None for p in parent.parameters())
     assert all(torch.equal(v, before[k]) for k, v in parent.state_dict().items())
+
+
+def moved_by(term, *models): return [any(g is not None and g.abs().max() > 0 for g in torch.autograd.grad(term, list(m.parameters()), retain_graph=True, allow_unused=True)) for m in models]
+
+
+def test_matching_moves_the_student_and_its_critic_each_by_its_own_terms(net):
+    torch.manual_seed(1)
+    teacher, student, critic = Denoiser(net).eval(), Denoiser(Decoder((16, 32, 32), context=16)), Denoiser(Decoder((16, 32, 32), context=16))
+    student.load_state_dict(teacher.state_dict())
+    terms = matching_loss(student, critic, teacher, ONE, noisy(), 4)
+    assert set(terms) == {"matching", "velocity", "paint"} and all(torch.isfinite(v) for v in terms.values())
+    assert moved_by(terms["matching"], student, critic) == [True, False]
+    assert moved_by(terms["velocity"], student, critic) == moved_by(terms["paint"], student, critic) == [False, True]
+
+
+def test_nothing_pulls_at_a_student_whose_critic_says_what_the_teacher_says(net):
+    student, teacher = Denoiser(Decoder((16, 32, 32), context=16)), Denoiser(net)
+    assert matching_loss(student, teacher, teacher, ONE, noisy(), 2, lead=1.0)["matching"] == 0
+    assert matching_loss(student, teacher, teacher, ONE, noisy(), 2, lead=3.0)["matching"] > 0
+
+
+@pytest.mark.parametrize("through, steps, alive", [(2, 4, 2), (1, 4, 1), (2, 1, 1)])
+def test_gradients_go_through_the_last_steps_only(net, monkeypatch, through, steps, alive):
+    student, with_grad = Denoiser(Decoder((16, 32, 32), context=16)), []
+    monkeypatch.setattr("kilobench.design.distil.guided", lambda model, *rest: (with_grad.append(torch.is_grad_enabled()) if model is student else None, guided(model, *rest))[1])
+    matching_loss(student, Denoiser(net), Denoiser(net), ONE, noisy(), steps, through=through)
+    assert with_grad == [False] * (steps - alive) + [True] * alive
 
 
 def test_a_guess_is_near_its_target_in_the_encoders_maps():

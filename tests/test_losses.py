@@ -8,7 +8,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from kilobench.core.losses import (RandomPerceptual, WeightedSum, adversarial_d, adversarial_g, charbonnier, dice_loss, feature_cosine,
+from kilobench.core.losses import (RandomPerceptual, WeightedSum, adversarial_d, adversarial_g, charbonnier, dice_loss, distribution_matching, feature_cosine,
                                    feature_l2, l1, l2, ssim_loss, total_variation)
 from kilobench.core.recipe import UserError
 
@@ -74,6 +74,15 @@ def test_feature_losses():
     assert feature_cosine(3 * f, f).item() == pytest.approx(0, abs=1e-6) and feature_cosine(-f, f).item() == pytest.approx(2, rel=1e-6)
     tokens = f.flatten(2).transpose(1, 2)                                   # channels last
     assert feature_cosine(tokens, 2 * tokens).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distribution_matching_by_hand():
+    made = torch.tensor([[1.0, 3.0], [0.0, 0.0]], requires_grad=True)
+    critic, teacher = torch.tensor([[2.0, 2.0], [5.0, 5.0]]), torch.tensor([[0.0, 1.0], [5.0, 5.0]])
+    distribution_matching(made, critic, teacher).backward()
+    assert torch.allclose(made.grad, torch.tensor([[2.0, 1.0], [0.0, 0.0]]) / 1.5 / 4)      # (critic - teacher) / mean error of the item / numbers; alike: nothing
+    assert torch.isfinite(distribution_matching(teacher, critic, teacher))                  # made as the teacher says: no division by 0
+    with pytest.raises(UserError, match="shape"): distribution_matching(made, critic[:1], teacher)
 
 
 def test_adversarial_losses_by_hand():

@@ -184,8 +184,9 @@ def _pictures(card: Scorecard, made: DesignData, rows: Mapping[str, Reader]) -> 
 
 def generator_trainings(recipe: DesignRecipe) -> dict[str, tuple[str, ...]]:
     """Row → the trainings whose seconds it took."""
-    few = tuple(rung_names(recipe.decoder.rungs))
-    return {f"decoder, {recipe.decoder.steps} steps": ("decoder",), f"few-step, {recipe.decoder.rungs[-1]}": few, "one-step, 1": ("one",), "few-step, rewarded": ("rewarded",)}
+    rungs, n = tuple(rung_names(recipe.decoder.rungs)), recipe.decoder.rungs[-1]
+    return {f"decoder, {recipe.decoder.steps} steps": ("decoder",), f"halved, {n}": rungs, f"few-step, {n}": (*rungs, "few"),
+            "consistent, 1": ("consistent",), "one-step, 1": ("consistent", "one"), "few-step, rewarded": ("rewarded",)}
 
 
 @stage(makes=["parts/evaluate.json"], load=rebuild)

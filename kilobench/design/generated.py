@@ -129,7 +129,8 @@ def samplers(networks: Networks, part: DecoderPart) -> dict[str, tuple[str, Samp
     few, w, kind = part.rungs[-1], part.guidance, part.schedule
     def of(name: str, steps: int, weight: float) -> tuple[Sampler, int]: return (lambda brief, noise: sample(networks[name], brief, noise, steps, weight, kind)), evaluations(steps, weight)
     return {f"decoder, {part.steps} steps": ("teacher", *of("decoder", part.steps, w)), f"decoder, {few} steps": ("baseline", *of("decoder", few, w)),
-            f"few-step, {few}": ("student", *of("few", few, 1.0)), "one-step, 2": ("student", *of("one", 2, 1.0)), "one-step, 1": ("student", *of("one", 1, 1.0))}
+            f"halved, {few}": ("baseline", *of("halved", few, 1.0)), f"few-step, {few}": ("student", *of("few", few, 1.0)),
+            **{f"consistent, {n}": ("baseline", *of("consistent", n, 1.0)) for n in (2, 1)}, "one-step, 1": ("student", *of("one", 1, 1.0))}
 
 
 @torch.no_grad()

@@ -247,7 +247,7 @@ class Flat(nn.Module):
 
 # %% ../../nbs/design/01_model.ipynb #d209ebab
 NETWORKS = ("encoder", "abstractor", "compact", "alone")   # alone: the compact network without its teachers
-GENERATORS = ("decoder", "few", "one", "rewarded")          # the diffusion teacher, its few-step student, the consistent one, and the fine-tuned one
+GENERATORS = ("decoder", "halved", "few", "consistent", "one", "rewarded")     # the diffusion teacher; its few-step and its one-step student, each after what it was before it was matched; the fine-tuned one
 AUDITOR = "auditor"                                         # a second encoder, which judges what is generated and is never a reward
 Networks = Mapping[str, Any]                                # by these names, each of its own class
 

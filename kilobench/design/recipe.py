@@ -57,6 +57,8 @@ class DecoderPart(Part):
     guidance: float = Field(2.0, ge=1, description="weight of classifier-free guidance; 1 is none")
     steps: int = Field(50, ge=1, le=1000, description="the teacher's sampling steps")
     rungs: tuple[int, ...] = Field((32, 16, 8, 4), min_length=1, description="sampling steps of the students, each from the one before")
+    lead: float = Field(1.5, ge=1, description="weight of the teacher's guidance where students are matched to what it draws")
+    critic_lr: float = Field(6e-4, gt=0, description="learning rate of the critic that follows a student while it is matched")
     briefs: int = Field(50, ge=2, description="briefs for which the noise is searched")
     draws: int = Field(15, ge=1, description="random draws that the search begins with")
     ascents: int = Field(5, ge=1, description="its steps of ascent from the best of them, each worth three draws")
@@ -88,7 +90,7 @@ class LossPart(Part):
     taught: float = Field(1.0, gt=0, le=1, description="share of a batch's items to which the teachers answer; the rest has the truth alone")
 
 # %% ../../nbs/design/00a_recipe.ipynb #58143b63
-TRAININGS = ("train", "judge", "distil", "baseline", "audit", "denoise", "halve", "tune", "reward")
+TRAININGS = ("train", "judge", "distil", "baseline", "audit", "denoise", "halve", "match", "tune", "arrive", "reward")
 NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
           "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
 
@@ -104,12 +106,13 @@ PRESETS: dict[str, dict[str, Any]] = {
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
             **each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
+            **each(("match", "arrive"), steps=300, batch=16, lr=1e-4, ema=0.97, eval_every=100, save_every=100), "arrive.steps": 400, "arrive.lr": 2e-4,
             "tune.steps": 300, "reward.steps": 60, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 12, "reward.save_every": 30},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,
              "decoder.widths": [128, 256, 256], "decoder.patch": 8, "denoise.optimiser": "adamw", "denoise.lr": 2e-4, "denoise.schedule": "cosine", "denoise.batch": 16, "denoise.steps": 60_000,
-             **each(("halve", "tune"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995),
+             **each(("halve", "match", "tune", "arrive"), optimiser="adamw", lr=1e-4, schedule="cosine", batch=16, steps=4000, ema=0.995), **each(("match", "arrive"), lr=2e-5), "decoder.critic_lr": 1e-4,
              "reward.optimiser": "adamw", "reward.lr": 2e-5, "reward.schedule": "cosine", "reward.batch": 16, "reward.steps": 1000, "reward.eval_every": 100, "reward.save_every": 100},
 }
 
@@ -131,7 +134,9 @@ class DesignRecipe(Recipe):
     audit: TrainPart = TrainPart()
     denoise: TrainPart = TrainPart()
     halve: TrainPart = TrainPart()
+    match: TrainPart = TrainPart()
     tune: TrainPart = TrainPart()
+    arrive: TrainPart = TrainPart()
     reward: TrainPart = TrainPart()
     hold_norms: float = Field(0.25, ge=0, le=1, description="share of the steps after which the batch norms of encoder and auditor keep their statistics; 1: never")
     counterfactuals: int = Field(60, ge=2, description="test designs that are edited")

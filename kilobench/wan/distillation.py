@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from ..core.losses import feature_l2
+from ..core.losses import distribution_matching, feature_l2
 from ..core.recipe import UserError
 from ..core.run import Run
 from ..core.shards import Shards, build_shards
@@ -167,7 +167,7 @@ def consistency_terms(net: nn.Module, batch: Mapping[str, Tensor], sigmas: Tenso
 
 # %% ../../nbs/wan/02a_distillation.ipynb #1c4136ad
 def matching_terms(net: nn.Module, critic: nn.Module, real: Velocity, batch: Mapping[str, Tensor], sigmas: Tensor, ends: Tensor, shift: float, w_pair: float) -> dict[str, Tensor]:
-    """{matching, pair} of stage 3 (DMD2, eq. 1; the gradient is scaled as in Yin et al. 2024, DMD, eq. 8). Half of the noises are new, the others are those of stored answers."""
+    """{matching, pair} of stage 3 (DMD2, eq. 1). Half of the noises are new, the others are those of stored answers."""
     text, n = batch["text"], len(batch["noise"]) // 2
     made = generate(asker(net), torch.cat([batch["noise"][:n], torch.randn_like(batch["noise"][n:])]), text, ends)
     with torch.no_grad():
@@ -175,8 +175,7 @@ def matching_terms(net: nn.Module, critic: nn.Module, real: Velocity, batch: Map
         s = shift * u / (1 + (shift - 1) * u)
         x, view = noised(made, torch.randn_like(made), s), s.view(-1, 1, 1, 1)
         theirs, own = x - view * real(x, s, text), x - view * asker(critic)(x, s, text)
-        push = (own - theirs) / (made - theirs).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-3)
-    out = {"matching": 0.5 * F.mse_loss(made, (made - push).detach())}
+    out = {"matching": distribution_matching(made, own, theirs)}
     return out | ({"pair": w_pair * soft_distance(made[:n], path_of(batch["noise"][:n], batch["v"][:n], sigmas)[:, -1])} if w_pair and n else {})
 
 
