@@ -262,7 +262,7 @@ def build(name: str, recipe: DesignRecipe) -> Any:
     d = recipe.decoder
     net: Any      # torch's stubs do not know `memory_format`
     if name in GENERATORS: net = Denoiser(Decoder(d.widths, d.patch, d.context, recipe.data.size), d.schedule)
-    else: net = UNet(recipe.unet.widths) if name in ("encoder", AUDITOR) else Abstractor(recipe.resnet) if name == "abstractor" else Compact(recipe.compact)
+    else: net = UNet((recipe.auditor if name == AUDITOR else recipe.unet).widths) if name in ("encoder", AUDITOR) else Abstractor(recipe.resnet) if name == "abstractor" else Compact(recipe.compact)
     return net.to(memory_format=torch.channels_last)
 
 

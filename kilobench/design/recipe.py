@@ -22,7 +22,7 @@ class DataPart(Part):
 
 # %% ../../nbs/design/00a_recipe.ipynb #b013fbc9
 class UNetPart(Part):
-    """The encoder: picture → structure."""
+    """The encoder, or the auditor: picture → structure."""
     widths: tuple[int, int, int, int, int] = Field((64, 128, 256, 512, 1024), description="channels at 1, 1/2, 1/4, 1/8 and 1/16 of the side")
 
 
@@ -91,18 +91,18 @@ class LossPart(Part):
 
 # %% ../../nbs/design/00a_recipe.ipynb #58143b63
 TRAININGS = ("train", "judge", "distil", "baseline", "audit", "denoise", "halve", "match", "tune", "arrive", "reward")
-NARROW = {"unet.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
-          "compact.widths": [8, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
+NARROW = {"unet.widths": [16, 24, 48, 64, 96], "auditor.widths": [8, 24, 48, 64, 96], "resnet.channels": [16, 32, 64, 128], "resnet.pretrained": False, "resnet.pixel": 8, "resnet.profile": 48, "resnet.hidden": 192,
+          "compact.widths": [16, 16, 24, 32, 48], "compact.pixel": 4, "compact.profile": 16, "compact.hidden": 40}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
+    "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "auditor.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
               "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
               **each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "train.steps": 3400, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 850, "audit.steps": 1400,
-            "judge.steps": 560, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
-            **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 800, "loss.taught": 0.25, "baseline.steps": 800,
+            "counterfactuals": 30, "train.steps": 4800, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 1200, "audit.steps": 1400,
+            "judge.steps": 900, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
+            **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 1400, "loss.taught": 0.25, "baseline.steps": 1400,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
             **each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
@@ -123,6 +123,7 @@ class DesignRecipe(Recipe):
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     data: DataPart = DataPart()
     unet: UNetPart = UNetPart()
+    auditor: UNetPart = UNetPart()
     resnet: ResNetPart = ResNetPart()
     compact: CompactPart = CompactPart()
     decoder: DecoderPart = DecoderPart()
