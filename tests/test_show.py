@@ -124,6 +124,12 @@ def test_labels_of_lines_that_end_together_do_not_overlap():
     assert len(boxes) == 4 and min(b - a for a, b in zip(boxes, boxes[1:])) >= 8 * figure.dpi / 72
 
 
+def test_a_metric_that_hardly_moves_has_its_own_numbers_on_the_axis():
+    ax = curve(HISTORY[["step", "psnr"]].assign(psnr=[0.99234, 0.99235, 0.99236, 0.99237]), losses=[], metrics=["psnr"]).axes[0]
+    ax.figure.draw_without_rendering()
+    assert ax.yaxis.get_offset_text().get_text() == "" and all(t.get_text().startswith("0.992") for t in ax.get_yticklabels())
+
+
 def test_losses_that_reach_zero_are_not_logarithmic():
     assert curve(HISTORY.assign(l1=[1.0, 0.5, 0.0, -1.0], tv=1.0)).axes[0].get_yscale() == "linear"
 

@@ -231,7 +231,7 @@ def _line(ax, x: pd.Series, y: pd.Series, name: str, smooth: int, colour: str) -
 
 
 def _spread(ax, labels: Sequence[Annotation], gap: float = 9) -> None:
-    """Move the labels of lines that end together apart, downwards; gap in points."""
+    """Move the labels of lines that end together apart, downwards, where the axes lie now; gap in points."""
     above = np.inf
     for y, text in sorted(((ax.transData.transform(v.xy)[1] * 72 / ax.figure.dpi, v) for v in labels), key=lambda p: -p[0]):
         above = min(y, above - gap)
@@ -252,14 +252,17 @@ def curve(history: Any, losses: Sequence[str] | None = None, metrics: Sequence[s
     cols = min(3, len(panels)); lines = -(-len(panels) // cols)
     with style():
         fig = new_figure(min(9.5, 3.6 * cols), 2.3 * lines)
-        axes = fig.subplots(lines, cols, squeeze=False).flat
+        axes, named = fig.subplots(lines, cols, squeeze=False).flat, []
         for ax, names in zip_longest(axes, panels):
             if names is None: ax.set_axis_off(); continue
             labels = [_line(ax, frame["step"], frame[name], name if names is losses else "", smooth, colour) for name, colour in zip(names, CYCLE * 9)]
             if names is losses and (frame[names].min() > 0).all(): ax.set_yscale("log")
+            else: ax.ticklabel_format(axis="y", useOffset=False)
             ax.set_title("loss" if names is losses else names[0]); ax.set_xlabel("step"); ax.margins(x=0.02)
-            _spread(ax, labels)
+            named.append((ax, labels))
         if title: fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+        fig.draw_without_rendering()      # so that the axes lie where they will
+        for ax, labels in named: _spread(ax, labels)
     return fig
 
 # %% ../../nbs/core/09_show.ipynb #9e1f0a12
