@@ -33,7 +33,7 @@ from kilobench.design.scene import (CUES, FAVOURITE, FORMATS, GOALS, KEEP, MAX_E
 from kilobench.design.scores import answer_scores, answers_of, confusion, read_split, structure_scores
 from kilobench.design.train import answer_loss, composite_loss, load_trained, student_loss, train, turned
 
-TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("audit", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("match", 2), ("tune", 2), ("arrive", 2), ("reward", 2)))])
+TINY = " ".join(["data.n=200 counterfactuals=3", *(f"{t}.steps={n} {t}.batch=8 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("judge", 4), ("audit", 4), ("distil", 2), ("baseline", 2), ("denoise", 4), ("halve", 2), ("match", 4), ("tune", 2), ("arrive", 2), ("reward", 2)))])
 seeds = st.integers(0, 2**31)
 
 
@@ -553,13 +553,14 @@ def test_networks_read_back_from_their_files_answer_alike(run):
     with pytest.raises(UserError, match="damaged"): load_trained(damaged)
 
 
-def test_killed_in_training_and_resumed_is_bit_equal(run, start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("killed", ["encoder", "few"])      # few: student and critic in one update
+def test_killed_in_training_and_resumed_is_bit_equal(run, start, tmp_path, monkeypatch, killed):
     whole = run
-    kill_in_training(start, tmp_path, "design", TINY, "encoder", 3)
+    kill_in_training(start, tmp_path, "design", TINY, killed, 3)
     monkeypatch.setenv("KILOBENCH_OUTPUTS", str(tmp_path))
     again = open_run("design", "smoke", "", TINY)
     train(again)
-    for name in ("encoder", "compact"): assert_same_training(again, whole, name)
+    for name in ("encoder", "compact", "few", "one"): assert_same_training(again, whole, name)
 
 
 def test_predict_writes_what_it_read(run, tmp_path, capsys):
