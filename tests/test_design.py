@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
@@ -21,7 +21,8 @@ from kilobench.design import commands, data as data_module, scene as scene_modul
 from kilobench.design.counterfactual import edits_of, element_at, explorer, score_changes
 from kilobench.design.data import DesignData, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import BAYES, YARDSTICK, controls, readers, yardstick
-from kilobench.design.model import PLANES, Teachers, build, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
+from kilobench.design.generators import train_matched
+from kilobench.design.model import PLANES, Teachers, build, by_rule, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
 from kilobench.design.parse import parse, parsed_scores
@@ -173,6 +174,7 @@ def mirrored(scene):
 
 
 @given(seeds)
+@example(245364)      # a badge whose middle lies on the edge of a picture
 @settings(max_examples=40, deadline=None)
 def test_scores_lie_in_0_to_1_and_are_blind_to_mirrors(seed):
     scene = draw_scene(seed)
@@ -540,6 +542,26 @@ def test_what_the_reward_brought_is_taken_only_where_it_is_believed(run):
     networks = train(run)
     kept = all(torch.equal(a, b) for a, b in zip(networks["rewarded"].state_dict().values(), networks["few"].state_dict().values()))
     assert kept != said["accepted"]
+
+
+def test_what_is_liked_moves_a_student_and_the_matching_holds_it(run):
+    networks, made = train(run), data(run)
+    def after(name, hold, liked=None):
+        fitted = train_matched(run, name, networks["few"], networks["decoder"], made, "reward", 2, 1.5, lambda model: {"distance": 0.0}, liked=liked, hold=hold)
+        return torch.cat([(a - b).flatten() for a, b in zip(fitted.modules[name].cpu().parameters(), networks["few"].cpu().parameters())]).abs().max(), fitted.modules["critic"].cpu()
+    idle, critic = after("idle", 0.0)
+    assert idle < 1e-9 and any(not torch.equal(a, b) for a, b in zip(critic.parameters(), networks["decoder"].parameters()))      # the critic learns from whoever draws
+    assert after("held", 1.0)[0] > 1e-6 and after("pleased", 0.0, lambda pictures: {"dark": pictures.mean()})[0] > 1e-6
+
+
+def test_the_abstractor_asks_the_rules_once_for_each_design(run, monkeypatch):
+    import kilobench.design.train as training
+    asked = []
+    monkeypatch.setattr(training, "by_rule", lambda s: (asked.append(len(s)), by_rule(s))[1])
+    networks, batch = train(run), data(run).fetch([0, 1, 2, 3, 4, 5])
+    step = training.step_of(run, "abstractor", networks["encoder"])
+    first, again = ({k: v.item() for k, v in step({"abstractor": networks["abstractor"]}, batch, 0).items()} for _ in range(2))
+    assert asked == [2, 4, 2] and first == pytest.approx(again)
 
 
 def test_networks_read_back_from_their_files_answer_alike(run):

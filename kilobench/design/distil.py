@@ -84,11 +84,12 @@ def sampled(model: Denoiser, brief: Brief, noise: Tensor, steps: int, grad_from:
     return (x.clamp(-1, 1) + 1) / 2
 
 # %% ../../nbs/design/02a_distil.ipynb #3c4fd054
-def matching_loss(student: Denoiser, critic: Denoiser, teacher: Denoiser, brief: Brief, noise: Tensor, steps: int, lead: float = 1.5, focus: float = 0.0, paint: float = 0.3, through: int = 2, looks: int = 2) -> dict[str, Tensor]:
+def matching_loss(student: Denoiser, critic: Denoiser, teacher: Denoiser, brief: Brief, noise: Tensor, steps: int, lead: float = 1.5, focus: float = 0.0, paint: float = 0.3, through: int = 2, looks: int = 2, also: Callable[[Tensor], dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
     """{matching, and the critic's velocity or noise, paint}: what a student draws from noise [B, 3, H, W] in `steps`, seen by teacher and critic; gradients through its last `through` steps.
 
-    lead: the teacher's guidance; looks: how often the critic learns from each picture; focus, paint: as in `denoising_loss`. DMD2 (Yin et al. 2024), section 4.1, without its adversarial term."""
-    made = 2 * sampled(student, brief, noise, steps, grad_from=max(0, steps - through)) - 1
+    lead: the teacher's guidance; looks: how often the critic learns from each picture; focus, paint: as in `denoising_loss`; also: further terms of the pictures drawn [B, 3, H, W] in [0, 1]. DMD2 (Yin et al. 2024), section 4.1, without its adversarial term."""
+    drawn = sampled(student, brief, noise, steps, grad_from=max(0, steps - through))
+    made = 2 * drawn - 1
     seen = made.detach()
     with torch.no_grad():
         time = training_times(student.kept, seen.shape[-1], len(seen), focus).clamp(20, NOISE_STEPS - 20)
@@ -96,7 +97,7 @@ def matching_loss(student: Denoiser, critic: Denoiser, teacher: Denoiser, brief:
         x = picture * seen + share * torch.randn_like(seen)
         theirs, own = (clean_guess(m, x, guided(m, x, time, brief, weight), time).clamp(-1, 1) for m, weight in ((teacher, lead), (critic, 1.0)))
     again = {k: torch.cat([brief[k]] * looks) for k in ("goal", "format", "tone")}
-    return {"matching": distribution_matching(made, own, theirs)} | denoising_loss(critic, torch.cat([(seen + 1) / 2] * looks), again, 0.0, paint, focus)
+    return {"matching": distribution_matching(made, own, theirs)} | (also(drawn) if also else {}) | denoising_loss(critic, torch.cat([(seen + 1) / 2] * looks), again, 0.0, paint, focus)
 
 # %% ../../nbs/design/02a_distil.ipynb #6c22e33a
 def consistency_loss(student: Denoiser, parent: Denoiser, images: Tensor, brief: Brief, steps: int) -> dict[str, Tensor]:

@@ -183,10 +183,11 @@ def _pictures(card: Scorecard, made: DesignData, rows: Mapping[str, Reader]) -> 
 
 
 def generator_trainings(recipe: DesignRecipe) -> dict[str, tuple[str, ...]]:
-    """Row → the trainings whose seconds it took."""
+    """Row → the trainings whose seconds it took, from the teacher on."""
     rungs, n = tuple(rung_names(recipe.decoder.rungs)), recipe.decoder.rungs[-1]
-    return {f"decoder, {recipe.decoder.steps} steps": ("decoder",), f"halved, {n}": rungs, f"few-step, {n}": (*rungs, "few"),
-            "consistent, 1": ("consistent",), "one-step, 1": ("consistent", "one"), "few-step, rewarded": ("rewarded",)}
+    few = (*rungs, "few")      # a student's seconds are also those of the students it came from
+    return {f"decoder, {recipe.decoder.steps} steps": ("decoder",), f"halved, {n}": rungs, f"few-step, {n}": few, "consistent, 2": (*few, "consistent"),
+            "consistent, 1": (*few, "consistent"), "one-step, 1": (*few, "consistent", "one"), "few-step, rewarded": (*few, "rewarded")}
 
 
 @stage(makes=["parts/evaluate.json"], load=rebuild)

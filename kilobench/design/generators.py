@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'Loss', 'brief_in', 'held', 'design_strip', 'train_one_network', 'rung_names', 'train_decoder',
-           'train_generators', 'copy_of', 'seen_by', 'halving', 'consistent', 'drawn_distance', 'train_matched']
+           'train_generators', 'copy_of', 'seen_by', 'halving', 'consistent', 'drawn_distance', 'train_matched',
+           'matched_by_distance']
 
 # %% ../../nbs/design/02b_generators.ipynb #0cfedc64
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from ..core.recipe import seeded
 from ..core.run import Run
 from ..core.show import montage
 from ..core.teacher import freeze
-from ..core.training import Split, Strips, Update, fit, mix
+from ..core.training import Fitted, Split, Strips, Update, fit, mix
 from .data import DesignData
 from .decoder import Denoiser, denoising_loss, sample
 from .distil import Near, SeenDistance, consistency_loss, halving_loss, matching_loss, sampled
@@ -89,9 +90,9 @@ def train_generators(run: Run[DesignRecipe], made: DesignData, encoder: UNet) ->
         freeze(parent).to(run.device)
         parent = train_one_network(run, name, copy_of(parent, run), halving(parent, steps, weight, near), made, "halve", steps)
         weight = 1.0
-    few = ready("few", train_matched(run, "few", ready("halved", parent), done["decoder"], encoder, made, "match", d.rungs[-1]))
+    few = ready("few", matched_by_distance(run, "few", ready("halved", parent), done["decoder"], encoder, made, "match", d.rungs[-1]))
     ready("consistent", train_one_network(run, "consistent", copy_of(few, run), consistent(few, d.rungs[-1]), made, "tune", 1))
-    ready("one", train_matched(run, "one", done["consistent"], done["decoder"], encoder, made, "arrive", 1))
+    ready("one", matched_by_distance(run, "one", done["consistent"], done["decoder"], encoder, made, "arrive", 1))
     return {k: v.cpu() for k, v in done.items()}
 
 # %% ../../nbs/design/02b_generators.ipynb #4e73a46f
@@ -132,13 +133,23 @@ def drawn_distance(encoder: UNet, made: DesignData, steps: int, n: int = 128) ->
     return distance
 
 
-def train_matched(run: Run[DesignRecipe], name: str, start: Denoiser, teacher: Denoiser, encoder: UNet, made: DesignData, part: str, steps: int) -> Denoiser:
-    """A student of `steps` steps, trained from `start` until what it draws is distributed as the teacher's; resumes by itself."""
-    cfg, d, paint, distance = getattr(run.recipe, part), run.recipe.decoder, run.recipe.loss.paint, drawn_distance(encoder, made, steps)
+def train_matched(run: Run[DesignRecipe], name: str, start: Denoiser, teacher: Denoiser, made: DesignData, part: str, steps: int, lead: float, look: Callable[[Denoiser], dict[str, float]], watched: Sequence[str] = ("distance",), best: str = "-distance",
+                  liked: Callable[[Tensor], dict[str, Tensor]] | None = None, hold: float = 1.0) -> Fitted:
+    """Train a student of `steps` steps from `start` until what it draws is distributed as the teacher's under the guidance `lead`; resumes by itself.
+
+    look: what is written down of it, by the names in `watched`, of which `best` decides what is kept; liked: further terms of what it draws; hold: the weight of the matching against them."""
+    cfg, d, paint = getattr(run.recipe, part), run.recipe.decoder, run.recipe.loss.paint
     freeze(teacher).to(run.device)
     def loss(modules: Networks, batch: Mapping[str, Tensor], _: int) -> dict[str, Tensor]:
-        return matching_loss(modules[name], modules["critic"], teacher, brief_in(batch), torch.randn_like(batch["image"]), steps, d.lead, d.focus, paint)
+        terms = matching_loss(modules[name], modules["critic"], teacher, brief_in(batch), torch.randn_like(batch["image"]), steps, lead, d.focus, paint, also=liked)
+        return terms | {"matching": hold * terms["matching"]}
     update = Update(name, [name, "critic"], loss, lr={name: cfg.lr, "critic": d.critic_lr})
     strips = Strips(max(1, cfg.steps // 3), design_strip(made, name, steps, 1.0))
-    def evaluate(modules: Networks) -> dict[str, float]: return {"distance": distance(modules[name])}
-    return fit(run, name, {name: copy_of(start, run), "critic": copy_of(teacher, run)}, [update], Split(made), cfg, evaluate=evaluate, metrics=("distance",), best="-distance", callbacks=[strips]).module
+    def evaluate(modules: Networks) -> dict[str, float]: return look(modules[name])
+    return fit(run, name, {name: copy_of(start, run), "critic": copy_of(teacher, run)}, [update], Split(made), cfg, evaluate=evaluate, metrics=tuple(watched), best=best, callbacks=[strips])
+
+
+def matched_by_distance(run: Run[DesignRecipe], name: str, start: Denoiser, teacher: Denoiser, encoder: UNet, made: DesignData, part: str, steps: int) -> Denoiser:
+    """A student that is matched to its teacher under `decoder.lead`, watched by the distance of what it draws."""
+    distance = drawn_distance(encoder, made, steps)
+    return train_matched(run, name, start, teacher, made, part, steps, run.recipe.decoder.lead, lambda model: {"distance": distance(model)}).module

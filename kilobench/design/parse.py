@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LEAST', 'Window', 'SLIVER', 'FORM', 'ORDER', 'ROLES', 'BADGE', 'Found', 'TEXT_LEVELS', 'CELLS', 'TOLD', 'RULED',
-           'overlap', 'artboard_of', 'palette_of', 'band_of', 'strip_of', 'patches', 'box_of', 'tight', 'rectangles',
-           'commonest', 'shape_role', 'badge_in', 'plates_in', 'shapes_in', 'pictures_in', 'text_patches', 'joined',
-           'line_role', 'fitted_lines', 'text_in', 'texts_in', 'likeliest_goal', 'parsed_goal_ceiling', 'parse',
-           'is_design', 'parsed_scores', 'map_of', 'ruled']
+           'overlap', 'artboard_of', 'palette_of', 'band_of', 'strip_of', 'patches', 'box_of', 'tight', 'tiles',
+           'grown', 'rectangles', 'commonest', 'shape_role', 'badge_in', 'in_sight', 'plates_in', 'shapes_in',
+           'pictures_in', 'pieces', 'text_patches', 'joined', 'line_role', 'fitted_lines', 'text_in', 'texts_in',
+           'likeliest_goal', 'parsed_goal_ceiling', 'parse', 'is_design', 'parsed_scores', 'map_of', 'ruled']
 
 # %% ../../nbs/design/00e_parse.ipynb #35048366
 from collections.abc import Iterator, Sequence
@@ -81,25 +81,51 @@ SLIVER = 4     # units; no picture or panel is thinner
 
 
 def _empty_in(inside: np.ndarray, empty: np.ndarray) -> int:
-    rows, cols = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
-    return int(empty[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1].sum()) if len(rows) else 0
+    if not inside.any(): return 0
+    rows, cols = (np.flatnonzero(n > 0.1 * n.max()) for n in (inside.sum(1), inside.sum(0)))     # less is the other's whisker
+    return int(empty[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1].sum())
 
 
-def rectangles(at: Window, inside: np.ndarray, empty: np.ndarray, share: float, cuts: int = 3) -> list[Box]:
-    """The boxes, tight to a share, that make up a patch; `empty` [64, 64]: ground on which no element lies. A box is cut while a twelfth of it is empty and a cut spares two fifths of that."""
+def tiles(at: Window, inside: np.ndarray, empty: np.ndarray, share: float, cuts: int = 3) -> list[Box]:
+    """The boxes, tight to a share, into which a patch falls; `empty` [64, 64]: ground on which no element lies. A box is cut while a twelfth of it is empty and a cut spares two fifths of that, or a sixtieth and a cut spares nine tenths."""
     h, w = inside.shape
     free, best = empty[at], None
-    least = 0.6 * _empty_in(inside, free)
-    if cuts and least > 0.6 * h * w / 12:
+    least = whole = _empty_in(inside, free)
+    if cuts and whole >= max(3, h * w / 60):
         for axis, n in enumerate((h, w)):
             for k in range(SLIVER, n - SLIVER + 1):
-                spared = sum(_empty_in(i, f) for i, f in zip(np.split(inside, [k], axis), np.split(free, [k], axis)))
-                if spared < least: least, best = spared, (axis, k)
-    if best is None: return [box] if min((box := tight(at, inside, share))[2:]) >= SLIVER else []
+                left = sum(_empty_in(i, f) for i, f in zip(np.split(inside, [k], axis), np.split(free, [k], axis)))
+                if left < least: least, best = left, (axis, k)
+    if best is None or least > (0.6 if whole > h * w / 12 else 0.1) * whole: return [box] if min((box := tight(at, inside, share))[2:]) >= SLIVER else []
     axis, k = best
     rows, cols = at
     first, second = ((slice(rows.start, rows.start + k), cols), (slice(rows.start + k, rows.stop), cols)) if axis == 0 else ((rows, slice(cols.start, cols.start + k)), (rows, slice(cols.start + k, cols.stop)))
-    return [box for part, i in zip((first, second), np.split(inside, [k], axis)) if i.any() for box in rectangles(part, i, empty, share, cuts - 1)]
+    return [box for part, i in zip((first, second), np.split(inside, [k], axis)) if i.any() for box in tiles(part, i, empty, share, cuts - 1)]
+
+# %% ../../nbs/design/00e_parse.ipynb #b14ac80a
+def grown(box: Box, patch: np.ndarray, empty: np.ndarray) -> Box:
+    """A box, grown on each side while the next row or column is at least half a patch [64, 64] and hardly empty [64, 64]."""
+    x, y, w, h = box
+    def goes_on(x: int, y: int, w: int, h: int) -> bool:
+        at = slice(y, y + h), slice(x, x + w)
+        return 0 <= min(x, y) and max(x + w, y + h) <= SIDE and bool(patch[at].mean() > 0.5 and empty[at].mean() < 0.1)
+    while goes_on(x, y - 1, w, 1): y, h = y - 1, h + 1
+    while goes_on(x, y + h, w, 1): h += 1
+    while goes_on(x - 1, y, 1, h): x, w = x - 1, w + 1
+    while goes_on(x + w, y, 1, h): w += 1
+    return x, y, w, h
+
+
+def rectangles(at: Window, inside: np.ndarray, empty: np.ndarray, share: float) -> list[Box]:
+    """The fewest boxes, tight to a share, that make up a patch: its `tiles`, less those that the others cover when they are grown."""
+    found, patch = tiles(at, inside, empty, share), np.zeros((SIDE, SIDE), bool)
+    patch[at] = inside
+    large = {box: grown(box, patch, empty) for box in found}
+    for box in sorted(found, key=lambda b: b[2] * b[3]):
+        if len(large) < 3: break
+        own = patch & _mask(box)
+        if (own & ~np.logical_or.reduce([_mask(g) for b, g in large.items() if b != box])).sum() <= 0.05 * own.sum(): del large[box]
+    return found if len(large) == len(found) else list(dict.fromkeys(large.values()))
 
 # %% ../../nbs/design/00e_parse.ipynb #1d132a9d
 FORM = {"badge": "disc", "button": "pill", "panel": "rect"}
@@ -131,12 +157,22 @@ def badge_in(at: Window, inside: np.ndarray) -> tuple[Box, str]:
 Found = list[tuple[int, Element]]     # painting order, element
 
 
-def plates_in(plate: np.ndarray, text: np.ndarray) -> Iterator[tuple[Window, np.ndarray]]:
-    """Patches of a mask of plates, put together where only text lies between."""
+def in_sight(at: Window, inside: np.ndarray, hidden: np.ndarray) -> Box:
+    """The box of a patch without the outer rows and columns of which it holds less than half, not counting what is hidden."""
+    rows, cols, open_ = slice(None), slice(None), inside | ~hidden
+    for _ in range(3):      # which rows count depends on which columns do, and soon no longer
+        on = [np.flatnonzero((own > 0) & (own >= 0.5 * all_)) for own, all_ in ((inside[:, cols].sum(1), open_[:, cols].sum(1)), (inside[rows].sum(0), open_[rows].sum(0)))]
+        if not (len(on[0]) and len(on[1])): return tight(at, inside, 0.1)
+        rows, cols = (slice(int(k[0]), int(k[-1]) + 1) for k in on)
+    return at[1].start + cols.start, at[0].start + rows.start, cols.stop - cols.start, rows.stop - rows.start
+
+
+def plates_in(plate: np.ndarray, text: np.ndarray, shape: np.ndarray) -> Iterator[tuple[Window, np.ndarray]]:
+    """Patches of a mask of plates, put together where only text lies between; text and shapes may hide their edges."""
     for at, inside in patches(plate | text, LEAST["shape"]):
         own = inside & plate[at]
         if own.sum() < LEAST["shape"]: continue
-        x, y, w, h = tight(at, own, 0.1)
+        x, y, w, h = in_sight(at, own, (text | shape)[at])
         window = slice(y, y + h), slice(x, x + w)
         if min(w, h) >= SLIVER: yield window, own[y - at[0].start:, x - at[1].start:][:h, :w]
 
@@ -163,17 +199,27 @@ def pictures_in(image: np.ndarray, colour: np.ndarray, empty: np.ndarray) -> Fou
 TEXT_LEVELS = [PRIORITY[role] for role in LINE_HEIGHTS]
 
 
-def text_patches(text: np.ndarray, level: np.ndarray) -> Iterator[tuple[Window, np.ndarray, str]]:
-    """(window, patch, role) of a mask of text, the role empty where no level names one; a patch in which several roles hold a fifth is cut up by level."""
+def pieces(inside: np.ndarray, values: np.ndarray, beside: bool) -> list[np.ndarray]:
+    """A patch, cut up by value where two or more hold 15 % of it each, and most of two rows; or, with `beside`, most of a box of their own."""
+    out = []
+    for value in np.unique(values[inside]):
+        own = inside & (values == value)
+        rows, cols = (np.flatnonzero(own.any(d)) for d in (1, 0))
+        box = inside[rows[0]:rows[-1] + 1, cols[0]:cols[-1] + 1]
+        ruled = (own.sum(1) > 0.7 * inside.sum(1)).sum() >= 2 or (beside and min(box.shape[0] - 1, box.shape[1] - 3) > 0 and own.sum() >= 0.8 * box.sum())
+        if ruled and own.sum() >= max(LEAST["text"], 0.15 * inside.sum()): out.append(own)
+    return out if len(out) > 1 else [inside]
+
+
+def text_patches(text: np.ndarray, colour: np.ndarray, level: np.ndarray) -> Iterator[tuple[Window, np.ndarray, str]]:
+    """(window, patch, role) of a mask of text, the role empty where no level names one; patches are cut up by colour, then by level."""
     for at, inside in patches(text, LEAST["text"]):
-        counts = np.bincount(level[at][inside], minlength=LEVELS + 1)
-        own = [v for v in TEXT_LEVELS if counts[v] >= max(LEAST["text"], 0.2 * inside.sum())]
-        if len(own) < 2: yield at, inside, ROLES[max(TEXT_LEVELS, key=lambda v: counts[v])] if counts[TEXT_LEVELS].any() else ""
-        else:
-            for v in own:
-                part = np.zeros_like(text)
-                part[at] = inside & (level[at] == v)
-                yield from ((window, some, ROLES[v]) for window, some in patches(part, LEAST["text"]))
+        for own in (b for a in pieces(inside, colour[at], True) for b in pieces(a, level[at], False)):
+            part = np.zeros_like(text)
+            part[at] = own
+            for window, some in patches(part, LEAST["text"]):
+                counts = np.bincount(level[window][some], minlength=LEVELS + 1)
+                yield window, some, ROLES[max(TEXT_LEVELS, key=lambda v: counts[v])] if counts[TEXT_LEVELS].any() else ""
 
 
 def joined(blocks: Sequence[tuple[Window, np.ndarray, str, int]]) -> list[tuple[np.ndarray, str, int]]:
@@ -207,7 +253,7 @@ def fitted_lines(mask: np.ndarray, role: str) -> tuple[str, int, int, int]:
         for y in range(max(0, top - 2), min(SIDE - size * n + 1, top + 2) + 1):
             would = np.zeros(SIDE, bool)
             for j in range(n): would[y + j * size:y + (j + 1) * size - 1] = True
-            best = min(best, (float((would != on).sum()) + 0.9 * (other != role), other, y, size, n))
+            best = min(best, (float((would != on).sum()) + 1.5 * (other != role), other, y, size, n))
     return best[1:] if best[0] <= tall / 4 + 1 else (role or line_role(tall), top, tall + 1, 1)
 
 
@@ -228,7 +274,7 @@ def text_in(mask: np.ndarray, role: str, colour: int) -> Element:
 
 def texts_in(text: np.ndarray, colour: np.ndarray, level: np.ndarray) -> Found:
     """The texts in a mask."""
-    blocks = [(at, inside, role, commonest(colour[at][inside])) for at, inside, role in text_patches(text, level)]
+    blocks = [(at, inside, role, commonest(colour[at][inside])) for at, inside, role in text_patches(text, colour, level)]
     return [(ORDER["text"], text_in(*some)) for some in joined(blocks)]
 
 # %% ../../nbs/design/00e_parse.ipynb #2ec678b0
@@ -258,7 +304,7 @@ def parse(structure: np.ndarray) -> Scene:
     shape = plain & (colour != background) & ~_mask(strip_of(side, thickness, artboard))
     plate = plain & (colour == background) & np.isin(level, [PRIORITY["panel"], PRIORITY["picture"]])
     empty = ~text & ~image & (level == 0)
-    plates = [(ORDER["plate"], Element("shape", "panel", *box_of(at), COLOUR_NAMES[background], "rect")) for at, _ in plates_in(plate, text)]
+    plates = [(ORDER["plate"], Element("shape", "panel", *box_of(at), COLOUR_NAMES[background], "rect")) for at, _ in plates_in(plate, text, shape)]
     found = plates + shapes_in(shape, colour, level, empty) + pictures_in(image, colour, empty) + texts_in(text, colour, level)
     page = overlap(inside, colour != COLOUR_ID[PASTEBOARD]) > 0.5        # else there is no artboard, and what looks like a panel is the pasteboard
     elements = tuple(e for _, e in sorted(found, key=lambda pair: pair[0]) if page)

@@ -85,7 +85,7 @@ class LossPart(Part):
     seen: float = Field(0.2, ge=0, description="distance of a few-step student's guess to its target in the encoder's maps (ours)")
     reward: float = Field(0.1, ge=0, description="the judge's mean score of what the rewarded student draws, to be raised")
     unsure: float = Field(1.0, ge=0, description="how unsure the encoder is of what the rewarded student draws, nats a pixel (ours)")
-    stay: float = Field(1.0, ge=0, description="squared distance of the rewarded student to what it was")
+    stay: float = Field(1.0, ge=0, description="the matching that holds the rewarded student to what its teacher draws")
     teach: float = Field(0.5, ge=0, le=1, description="share of the compact student's loss that its teachers set, 0..1")
     taught: float = Field(1.0, gt=0, le=1, description="share of a batch's items to which the teachers answer; the rest has the truth alone")
 
@@ -100,14 +100,14 @@ PRESETS: dict[str, dict[str, Any]] = {
               "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
               **each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "train.steps": 4800, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 1200, "audit.steps": 1400,
+            "counterfactuals": 30, "train.steps": 5200, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 1300, "audit.steps": 1400,
             "judge.steps": 900, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
             **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 1400, "loss.taught": 0.25, "baseline.steps": 1400,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
             **each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
-            **each(("match", "arrive"), steps=300, batch=16, lr=1e-4, ema=0.97, eval_every=100, save_every=100), "arrive.steps": 400, "arrive.lr": 2e-4,
-            "tune.steps": 300, "reward.steps": 60, "reward.batch": 8, "reward.lr": 1e-4, "reward.warmup": 0.05, "reward.ema": 0.8, "reward.eval_every": 12, "reward.save_every": 30},
+            **each(("match", "arrive"), steps=300, batch=16, lr=1e-4, ema=0.97, eval_every=100, save_every=100), "arrive.steps": 360, "arrive.lr": 2e-4,
+            "tune.steps": 300, "reward.steps": 100, "reward.lr": 1e-4, "reward.ema": 0.95, "reward.eval_every": 50, "reward.save_every": 50},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,

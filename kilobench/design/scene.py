@@ -353,10 +353,10 @@ def _untidy(elements: Sequence[Element], artboard: Box, seed: int, attempt: int)
 
 # %% ../../nbs/design/00b_scene.ipynb #0f8040a9
 def beneath(scene: Scene, i: int) -> str:
-    """The declared colour that element i lies on: that of the topmost earlier image or shape under its middle, else the background."""
+    """The declared colour that element i lies on: that of the topmost earlier image or shape under its middle (an edge there is beside it, or mirrors would tell), else the background."""
     e = scene.elements[i]
     cx, cy = e.x + e.w / 2, e.y + e.h / 2
-    hit = [o for o in scene.elements[:i] if o.kind != "text" and o.x <= cx < o.x + o.w and o.y <= cy < o.y + o.h]
+    hit = [o for o in scene.elements[:i] if o.kind != "text" and o.x < cx < o.x + o.w and o.y < cy < o.y + o.h]
     return hit[-1].colour if hit else scene.background()
 
 
