@@ -97,6 +97,16 @@ def test_grid_keeps_order_and_captions():
     assert all((x == to_array(i)).all() for x, i in zip(drawn(figure), images)) and texts(figure) == list("abcde")
 
 
+@pytest.mark.parametrize("columns", [1, 2, 8])
+def test_a_montages_names_are_whole_and_its_columns_close(columns):
+    images = [np.zeros((16, 16, 3))] * columns
+    fig = montage({"teacher, two steps, and no guidance at all": images, "MMMMMMMMMMMM": images}, size=0.9)
+    fig.draw_without_rendering()
+    for ax in fig.axes[::columns]: assert ax.yaxis.label.get_window_extent().x0 >= 0
+    boxes = [ax.get_window_extent() for ax in fig.axes[:columns]]
+    for a, b in zip(boxes, boxes[1:]): assert 0 <= b.x0 - a.x1 < 0.15 * a.width
+
+
 def test_montages_of_wide_images_and_gaps_are_not_squeezed():
     figure = montage({"a": [torch.rand(3, 8, 32), None], "b": [torch.rand(3, 8, 32)] * 2})
     to_png(figure)

@@ -22,7 +22,6 @@ import pandas as pd
 import plotly.graph_objects as go
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.rcsetup import cycler
 from matplotlib.text import Annotation
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -160,7 +159,7 @@ def montage(rows: Mapping[str, Any], titles: Sequence[str] = (), notes: Mapping[
     words = lines(titles) + sum(lines(row) for row in (notes or {}).values()) + (0.25 if title else 0) + 0.03 * (len(arrays) + 1) * bool(notes)
     with style():
         fig = new_figure(0.35 + 0.075 * max(map(len, arrays)) + size * cols, words + (size * h / w + 0.03) * len(arrays))
-        cast(ConstrainedLayoutEngine, fig.get_layout_engine()).set(w_pad=0.015, h_pad=0.04, wspace=0.01, hspace=0.01)
+        fig.set_layout_engine("compressed", w_pad=0.015, h_pad=0.04, wspace=0.01, hspace=0.01)     # or a long name is cut, and columns stand apart
         axes = fig.subplots(len(arrays), cols, squeeze=False)
         for line, (name, images) in zip(axes, arrays.items()):
             below = list((notes or {}).get(name, ()))[:cols]
