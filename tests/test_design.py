@@ -21,8 +21,9 @@ from kilobench.design import commands, data as data_module, scene as scene_modul
 from kilobench.design.counterfactual import edits_of, element_at, explorer, score_changes
 from kilobench.design.data import DesignData, check_data, data, file_of, import_designs, make_designs, metadata_of, read_design, split_of
 from kilobench.design.evaluate import BAYES, YARDSTICK, controls, readers, yardstick
+from kilobench.design.generated import Audit, blurred
 from kilobench.design.generators import train_matched
-from kilobench.design.model import PLANES, Teachers, build, by_rule, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
+from kilobench.design.model import PLANES, Teachers, auditors_of, build, by_rule, by_side, check_sizes, decided, lopsided, planes, ranked, shared_edges, soft
 from kilobench.design.oracle import (LUMINANCE, SCORES, alignment_loss, areas, balance, contrast, contrast_ratio, damage_ladder, grammar, hierarchy, luminance,
                                      replace_elements)
 from kilobench.design.parse import parse, parsed_scores
@@ -533,6 +534,16 @@ def test_a_run_has_every_row_its_controls_and_its_ceilings(run):
     student = next(r for r in report.rows if r.name == "compact")
     assert student.cost["params"] * 8 <= next(r for r in report.rows if r.name == "unet + resnet").cost["params"] and student.cost["speedup_b1"] > 0
     assert {"goal", "format", "tone", "palette", "move", "recolour", "delete", "score: alignment"} <= set(report.counterfactual["compact"])
+
+
+def test_distances_are_means_over_auditors_that_need_not_agree(run):
+    networks, made = train(run), data(run)
+    auditors = [networks[name] for name in auditors_of(run.recipe)]
+    assert len(auditors) == run.recipe.decoder.auditors == 2 and not torch.equal(*(a.down[0][0].weight for a in auditors))
+    harmed = blurred(made.fetch(made.rows("test"))["image"][:8], 2)
+    both, one, other = (Audit(some, made, 8).measure(harmed) for some in (auditors, auditors[:1], auditors[1:]))
+    for k in ("FD(auditor)", "FD(auditor) floor", "FD over floor", "diversity"): assert both[k] == pytest.approx((one[k] + other[k]) / 2, rel=1e-4)
+    assert both["FD over floor_sd"] == pytest.approx(abs(one["FD over floor"] - other["FD over floor"]) / 2, rel=1e-4) and one["FD over floor_sd"] == 0 and both["oracle"] == one["oracle"]
 
 
 def test_what_the_reward_brought_is_taken_only_where_it_is_believed(run):

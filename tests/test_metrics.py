@@ -292,6 +292,8 @@ def test_fd_stands_beside_its_floor_and_never_says_fid():
     assert set(row) == {"FD(pool)", "FD(pool) floor", "n"} and row["n"] == 200
     assert row["FD(pool)"] < 3 * row["FD(pool) floor"] and M.fd_with_floor("pool", real, same + 1)["FD(pool)"] > 4
     assert M.fd_with_floor("pool", real, same) == row
+    several, alone = M.fd_with_floor("pool", real, same, splits=8), [M.fd_with_floor("pool", real, same, seed)["FD(pool) floor"] for seed in range(8)]
+    assert several["n"] == row["n"] and min(alone) < several["FD(pool) floor"] < max(alone)
     for name in ("FID", "inception_v3"):
         with pytest.raises(UserError, match="FID"): M.fd_with_floor(name, real, same)
     with pytest.raises(UserError, match="3 real"): M.fd_with_floor("pool", real[:3], same)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PLANES', 'SURE', 'NETWORKS', 'GENERATORS', 'AUDITOR', 'Networks', 'double_conv', 'soft', 'UNet', 'planes',
            'contrast_with_background', 'by_side', 'lopsided', 'ranked', 'shared_edges', 'Reading', 'Heads', 'by_rule',
-           'Mended', 'resnet', 'Abstractor', 'decided', 'Compact', 'Teachers', 'Flat', 'names_of', 'build',
-           'check_sizes', 'model']
+           'Mended', 'resnet', 'Abstractor', 'decided', 'Compact', 'Teachers', 'Flat', 'auditors_of', 'is_auditor',
+           'names_of', 'build', 'check_sizes', 'model']
 
 # %% ../../nbs/design/01_model.ipynb #baa990f7
 from collections.abc import Mapping, Sequence
@@ -252,13 +252,23 @@ class Flat(nn.Module):
 # %% ../../nbs/design/01_model.ipynb #d209ebab
 NETWORKS = ("encoder", "abstractor", "compact", "alone")   # alone: the compact network without its teachers
 GENERATORS = ("decoder", "halved", "few", "consistent", "one", "rewarded")     # the diffusion teacher; its few-step and its one-step student, each after what it was before it was matched; the fine-tuned one
-AUDITOR = "auditor"                                         # a second encoder, which judges what is generated and is never a reward
+AUDITOR = "auditor"                                         # a second encoder, which judges what is generated and is never a reward; further ones are called auditor-2, auditor-3
 Networks = Mapping[str, Any]                                # by these names, each of its own class
+
+
+def auditors_of(recipe: DesignRecipe) -> tuple[str, ...]:
+    """The auditors of a recipe by name."""
+    return (AUDITOR, *(f"{AUDITOR}-{k}" for k in range(2, recipe.decoder.auditors + 1)))
+
+
+def is_auditor(name: str) -> bool:
+    """Is this the name of an auditor?"""
+    return name.split("-")[0] == AUDITOR
 
 
 def names_of(recipe: DesignRecipe) -> tuple[str, ...]:
     """The networks that a recipe trains."""
-    return NETWORKS + ((AUDITOR, *GENERATORS) if recipe.decoder.generate else ())
+    return NETWORKS + ((*auditors_of(recipe), *GENERATORS) if recipe.decoder.generate else ())
 
 
 def build(name: str, recipe: DesignRecipe) -> Any:
@@ -266,7 +276,7 @@ def build(name: str, recipe: DesignRecipe) -> Any:
     d = recipe.decoder
     net: Any      # torch's stubs do not know `memory_format`
     if name in GENERATORS: net = Denoiser(Decoder(d.widths, d.patch, d.context, recipe.data.size), d.schedule)
-    else: net = UNet((recipe.auditor if name == AUDITOR else recipe.unet).widths) if name in ("encoder", AUDITOR) else Abstractor(recipe.resnet) if name == "abstractor" else Compact(recipe.compact)
+    else: net = UNet((recipe.auditor if is_auditor(name) else recipe.unet).widths) if name == "encoder" or is_auditor(name) else Abstractor(recipe.resnet) if name == "abstractor" else Compact(recipe.compact)
     return net.to(memory_format=torch.channels_last)
 
 
@@ -283,7 +293,7 @@ def model(run: Run[DesignRecipe]) -> dict[str, Any]:
     picture = torch.rand(1, 3, run.recipe.data.size, run.recipe.data.size)
     structure = torch.full((1, LAYERS, *picture.shape[2:]), 0.5)
     asked = {"abstractor": (structure,), "decoder": (picture, torch.tensor([500]), brief_of(GOALS[:1], list(FORMATS)[:1], [0.5]))}
-    nets = {name: build(name, run.recipe).eval() for name in names_of(run.recipe) if name not in ("alone", AUDITOR, *GENERATORS[1:])}     # those are built like others
+    nets = {name: build(name, run.recipe).eval() for name in names_of(run.recipe) if name not in ("alone", *GENERATORS[1:]) and not is_auditor(name)}     # those are built like others
     facts = {name: {"parameters": parameters(net), "flops": flops(net, *asked.get(name, (picture,)))} for name, net in nets.items()}
     write_json(run.path("models.json"), facts)
     return facts

@@ -63,6 +63,7 @@ class DecoderPart(Part):
     draws: int = Field(15, ge=1, description="random draws that the search begins with")
     ascents: int = Field(5, ge=1, description="its steps of ascent from the best of them, each worth three draws")
     samples: int = Field(2000, ge=8, description="generated designs that are measured, a sampler")
+    auditors: int = Field(3, ge=1, le=9, description="networks that measure them; distances are means over all")
 
     @field_validator("rungs")
     @classmethod
@@ -97,7 +98,7 @@ NARROW = {"unet.widths": [16, 24, 48, 64, 96], "auditor.widths": [8, 24, 48, 64,
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {"data.n": 240, "counterfactuals": 4, **NARROW, "unet.widths": [4, 8, 8, 16, 16], "auditor.widths": [4, 8, 8, 16, 16], "resnet.channels": [8, 8, 16, 16], "resnet.profile": 8, "resnet.hidden": 56,
               "compact.widths": [4, 4, 4, 4, 8], "compact.pixel": 1, "compact.profile": 4, "compact.hidden": 8,
-              "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
+              "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.auditors": 2, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
               **each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
             "counterfactuals": 30, "train.steps": 5200, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 1300, "audit.steps": 1400,

@@ -24,7 +24,7 @@ from .decoder import Brief, Denoiser
 from .distil import sampled
 from .generated import FD, Audit, audit, draw, features_of, oracle_means
 from .generators import brief_in, copy_of, train_matched
-from .model import Networks, UNet, soft
+from .model import AUDITOR, Networks, UNet, soft
 from .parse import parsed_scores
 from .recipe import DesignRecipe, LossPart
 
@@ -166,11 +166,12 @@ def put_rewarded(card: Scorecard, networks: Networks, judge: nn.Module, recipe: 
     part, steps, name = recipe.decoder, recipe.decoder.rungs[-1], f"few-step, {recipe.decoder.rungs[-1]}"
     found = audited.measure(draw(lambda b, z: sampled(networks["rewarded"], b, z, steps), audited.brief, size))
     found |= {"FD over base": found[FD] / few[FD], "oracle gain": found["oracle"] - few["oracle"]}
-    both = {row: seen_both_ways(networks[n], judge, networks["auditor"], audited.brief, size, steps, audited.half) for row, n in ((name, "few"), ("few-step, rewarded", "rewarded"))}
+    first = networks[AUDITOR]
+    both = {row: seen_both_ways(networks[n], judge, first, audited.brief, size, steps, features_of(first, audited.real["image"])) for row, n in ((name, "few"), ("few-step, rewarded", "rewarded"))}
     card.row("few-step, rewarded", "student", {k: {"generated": v} for k, v in (found | {k: both["few-step, rewarded"][k] for k in ("proxy", "gap")}).items()})
     card.row(name, "student", {k: {"generated": both[name][k]} for k in ("proxy", "gap")})
     brief = {k: v[:part.briefs] for k, v in audited.brief.items()}
-    result = duel(networks["few"], judge, networks["auditor"], brief, size, steps, part.draws, part.ascents)
+    result = duel(networks["few"], judge, first, brief, size, steps, part.draws, part.ascents)
     for row, role in (("innovation", "student"), ("best of N", "baseline")):
         card.row(row, role, {k: {"search": float(result["found"][row][k].mean())} for k in ("liking", "oracle")})
     card.row("innovation", "student", {"wins": {"search": result["wins"]}, "wins by liking": {"search": result["wins_liking"]}}, {"draws": result["draws"]})

@@ -23,7 +23,7 @@ from ..core.teacher import freeze
 from ..core.training import Fitted, Split, Strips, fit, load_fitted, mix
 from .data import DesignData, data
 from .generators import train_generators
-from .model import AUDITOR, NETWORKS, Networks, Teachers, build, by_rule, check_sizes, decided, names_of, soft
+from .model import AUDITOR, NETWORKS, Networks, Teachers, auditors_of, build, by_rule, check_sizes, decided, is_auditor, names_of, soft
 from .oracle import SCORES
 from .recipe import DesignRecipe, LossPart
 from .render import COLOUR, LEVEL, expected_hierarchy, harden, layers, level_numbers, structure_pictures
@@ -117,7 +117,7 @@ def sample_strip(made: DesignData, name: str, n: int = 6) -> Callable[[Networks]
 def step_of(run: Run[DesignRecipe], name: str, others: nn.Module | None) -> Callable[[Networks, Mapping[str, Tensor], int], dict[str, Tensor]]:
     """The loss of one training as `fit` wants it: (modules, batch, step) → terms. `others`: the encoder for the abstractor, the teachers for the compact student."""
     part, seed, rules = run.recipe.loss, run.recipe.seed, run.recipe.resnet.rules
-    if name in ("encoder", AUDITOR): return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
+    if name == "encoder" or is_auditor(name): return lambda modules, batch, _: composite_loss(modules[name](batch["image"]), batch["structure"], part)
     if name != "abstractor": return lambda modules, batch, _: student_loss(modules[name], batch, part, others)
 
     assert others is not None     # the abstractor reads what the encoder reads
@@ -141,18 +141,19 @@ def step_of(run: Run[DesignRecipe], name: str, others: nn.Module | None) -> Call
 # %% ../../nbs/design/02_train.ipynb #2bc1d688
 def train_network(run: Run[DesignRecipe], name: str, made: DesignData, others: nn.Module | None = None, stop_at: int | None = None) -> Fitted:
     """Train one of the NETWORKS by its part of the recipe; resumes by itself. Its checkpoints: checkpoints/<name>."""
-    cfg = getattr(run.recipe, PARTS[name])
+    kind = AUDITOR if is_auditor(name) else name
+    cfg = getattr(run.recipe, PARTS[kind])
     with seeded(mix(run.recipe.seed, "weights", name)): model = build(name, run.recipe)     # the same, whatever was trained before
     if others is not None: freeze(others).to(run.device)
     rows = made.rows("val")
 
     def evaluate(modules: Networks) -> dict[str, float]:
         scores = read_split(reader_of(name, modules[name]), made, rows)
-        return {k: scores[k] for k in WATCHED[name]}
+        return {k: scores[k] for k in WATCHED[kind]}
 
     strips = [Strips(max(1, cfg.steps // 3), sample_strip(made, name))] if name != "abstractor" else []
-    return fit(run, name, model, step_of(run, name, others), Split(made), cfg, evaluate=evaluate, metrics=WATCHED[name], best=BEST[name], callbacks=strips, stop_at=stop_at,
-               hold_norms=run.recipe.hold_norms if name in ("encoder", AUDITOR) else 1.0)     # compact networks train too briefly; the abstractor was not tried
+    return fit(run, name, model, step_of(run, name, others), Split(made), cfg, evaluate=evaluate, metrics=WATCHED[kind], best=BEST[kind], callbacks=strips, stop_at=stop_at,
+               hold_norms=run.recipe.hold_norms if kind in ("encoder", AUDITOR) else 1.0)     # compact networks train too briefly; the abstractor was not tried
 
 # %% ../../nbs/design/02_train.ipynb #847eb489
 def save_trained(path: Path, name: str, model: nn.Module, recipe: DesignRecipe, dtype: Literal["fp16", "fp32"] = "fp16") -> Path:
@@ -195,6 +196,6 @@ def train(run: Run[DesignRecipe]) -> None:
         done[name] = train_network(run, name, made, others).module.cpu()
         if is_main(): save_trained(run.path("export", f"{name}.safetensors"), name, done[name], run.recipe)
     if run.recipe.decoder.generate:
-        auditor, drawing = train_network(run, AUDITOR, made).module.cpu(), train_generators(run, made, done["encoder"])
+        auditors, drawing = [train_network(run, name, made).module.cpu() for name in auditors_of(run.recipe)], train_generators(run, made, done["encoder"])
         if is_main(): save_trained(run.path("export", "few.safetensors"), "few", drawing["few"], run.recipe)
-        train_rewarded(run, made, drawing["few"], drawing["decoder"], Teachers(done["encoder"], done["abstractor"]), auditor)
+        train_rewarded(run, made, drawing["few"], drawing["decoder"], Teachers(done["encoder"], done["abstractor"]), auditors[0])
