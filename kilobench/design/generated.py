@@ -102,8 +102,8 @@ SPLITS = 8     # random halves of reality, over which distance and floor are mea
 class Eye:
     """One auditor and what it saw of real designs; features in units of their spread."""
     def __init__(self, auditor: UNet, real: Tensor, train: Tensor, n: int):
-        self.auditor, self.n, self.unit = auditor.eval(), n, 1.0
-        seen, self.scenes = audit(self.auditor, real)
+        self.auditor, self.n = auditor.eval(), n
+        seen = features_of(auditor, real)
         self.unit = float(seen.var(0).sum().sqrt())
         self.features, self.train = seen / self.unit, self.look(train)
         self.half = self.features[n:2 * n]      # designs for other briefs than those asked
@@ -128,7 +128,7 @@ class Audit:
         self.brief = {k: v[:self.n] for k, v in brief_in(self.real).items()}
         train = made.fetch(made.rows("train"))["image"]
         self.eyes = [Eye(auditor, self.real["image"], train, self.n) for auditor in auditors]
-        self.scenes = self.eyes[0].scenes
+        self.scenes = audit(self.eyes[0].auditor, self.real["image"])[1]
 
     def measure(self, images: Tensor) -> dict[str, float]:
         """All numbers of n pictures [n, 3, H, W] that answer `brief`: means over the auditors, and the spread of the distance between them."""
@@ -194,7 +194,7 @@ def put_generated(card: Scorecard, networks: Networks, made: DesignData, recipe:
     for name, picture in {"blank page": torch.ones_like(mean), "mean picture": mean}.items():
         card.row(name, "control", {k: {"generated": v} for k, v in audited.measure(picture.expand(audited.n, -1, -1, -1)).items()})
     for metric, (value, how) in audited.ceilings().items(): card.ceiling(metric, value, how)
-    card.ceiling(FD, found[teacher][f"{FD} floor"], f"floor: two halves of the test designs, {found[teacher]['n']} each")
+    card.ceiling(FD, found[teacher][f"{FD} floor"], f"floor: two halves of the test designs, {audited.n} each, mean of {SPLITS} such pairs and of all auditors")
     ladder = harm_ladder(audited.distance, audited.real["image"][:audited.n])
     for name, values in ladder.items():
         card.check(f"{FD} rises with {name}", all(a < b for a, b in zip(values, values[1:])), " < ".join(f"{v:.3g}" for v in values))
