@@ -108,7 +108,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "denoise.optimiser": "muon", "denoise.lr": 6e-3, "denoise.weight_decay": 1e-2, "denoise.warmup": 0.05,
             **each(("halve", "tune"), optimiser="muon", steps=250, batch=16, lr=2e-3, warmup=0.05, ema=0.95, eval_every=100, save_every=100),
             **each(("match", "arrive"), steps=300, batch=16, lr=1e-4, ema=0.97, eval_every=100, save_every=100), "arrive.steps": 360, "arrive.lr": 2e-4,
-            "tune.steps": 300, "reward.steps": 100, "reward.lr": 1e-4, "reward.ema": 0.95, "reward.eval_every": 50, "reward.save_every": 50},
+            "tune.steps": 300, "reward.steps": 100, "reward.lr": 1e-4, "reward.ema": 0.95, "reward.eval_every": 25, "reward.save_every": 25, "loss.unsure": 0.5},
     "full": {"data.n": 24_000, "data.size": 256, "counterfactuals": 200,
              **each(TRAININGS, optimiser="adam", lr=1e-4, schedule="plateau", ema=0.999, batch=32, log_every=50, eval_every=500, save_every=500),
              "train.steps": 8000, "audit.steps": 8000, "judge.steps": 12_000, "judge.batch": 64, "distil.steps": 8000, "baseline.steps": 8000,

@@ -7,7 +7,7 @@ __all__ = ['DECISION', 'proxy', 'unsure', 'liked', 'seen_both_ways', 'believed',
            'norm_prior', 'liking', 'ascend', 'best_of', 'innovate', 'duel', 'put_rewarded']
 
 # %% ../../nbs/design/02c_reward.ipynb #6cefc1bb
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 import numpy as np
 import pandas as pd
@@ -49,13 +49,14 @@ def liked(judge: nn.Module, pictures: Tensor, part: LossPart) -> dict[str, Tenso
 
 # %% ../../nbs/design/02c_reward.ipynb #98b5c4b5
 @torch.no_grad()
-def seen_both_ways(model: Denoiser, judge: nn.Module, auditor: UNet, brief: Brief, size: int, steps: int, real: Tensor) -> dict[str, float]:
-    """{proxy, oracle, gap, FD} of designs for a brief, from fixed noise; real: the auditor's features [M, D] of real designs."""
+def seen_both_ways(model: Denoiser, judge: nn.Module, auditors: Sequence[UNet], brief: Brief, size: int, steps: int, real: Tensor) -> dict[str, float]:
+    """{proxy, oracle, gap, FD} of designs for a brief, from fixed noise; real: pictures [M, 3, H, W], to which FD is the mean distance in all auditors' eyes. The first one's reading is parsed."""
     device = next(model.parameters()).device
     pictures = draw(lambda b, z: sampled(model, {k: v.to(device) for k, v in b.items()}, z.to(device), steps).cpu(), brief, size)
-    features, scenes = audit(auditor, pictures)
+    scenes = audit(auditors[0], pictures)[1]
+    apart = [frechet_distance(features_of(a, pictures), seen) / float(seen.var(0).sum()) for a in auditors for seen in [features_of(a, real)]]
     liked, means = float(torch.cat([proxy(judge, some.to(device)) for some in pictures.split(50)]).mean()), oracle_means(scenes)
-    return {"proxy": liked, "oracle": means["oracle"], "gap": liked - means["oracle"], "FD": frechet_distance(features, real)}
+    return {"proxy": liked, "oracle": means["oracle"], "gap": liked - means["oracle"], "FD": float(np.mean(apart))}
 
 
 def believed(seen: Mapping[str, float], before: Mapping[str, float], most: float = 1.5) -> float:
@@ -63,15 +64,15 @@ def believed(seen: Mapping[str, float], before: Mapping[str, float], most: float
     return seen["oracle"] if seen["FD"] <= most * before["FD"] else 0.0
 
 
-def train_rewarded(run: Run[DesignRecipe], made: DesignData, few: Denoiser, teacher: Denoiser, judge: nn.Module, auditor: UNet, n: int = 300) -> Denoiser:
+def train_rewarded(run: Run[DesignRecipe], made: DesignData, few: Denoiser, teacher: Denoiser, judge: nn.Module, auditors: Sequence[UNet], n: int = 300) -> Denoiser:
     """The few-step student fine-tuned for the reward and matched to its teacher, as far as the oracle follows on (up to) n validation briefs; else as it was."""
     d, part = run.recipe.decoder, run.recipe.loss
-    for net, device in ((few, run.device), (judge, run.device), (auditor, torch.device("cpu"))): freeze(net).to(device)
+    for net, device in ((few, run.device), (judge, run.device), *((a, torch.device("cpu")) for a in auditors)): freeze(net).to(device)
     held = made.fetch(made.rows("val"))
-    brief, real = {k: v[:n] for k, v in brief_in(held).items()}, features_of(auditor, held["image"])
-    before = seen_both_ways(few, judge, auditor, brief, made.size, d.rungs[-1], real)
+    brief, real = {k: v[:n] for k, v in brief_in(held).items()}, held["image"]
+    before = seen_both_ways(few, judge, auditors, brief, made.size, d.rungs[-1], real)
     def look(model: Denoiser) -> dict[str, float]:
-        seen = seen_both_ways(model, judge, auditor, brief, made.size, d.rungs[-1], real)
+        seen = seen_both_ways(model, judge, auditors, brief, made.size, d.rungs[-1], real)
         return seen | {"believed": believed(seen, before)}
     fitted = train_matched(run, "rewarded", few, teacher, made, "reward", d.rungs[-1], d.lead, look, (*before, "believed"), "believed", lambda pictures: liked(judge, pictures, part), part.stay)
     best = float(fitted.history["believed"].max())
@@ -167,7 +168,7 @@ def put_rewarded(card: Scorecard, networks: Networks, judge: nn.Module, recipe: 
     found = audited.measure(draw(lambda b, z: sampled(networks["rewarded"], b, z, steps), audited.brief, size))
     found |= {"FD over base": found[FD] / few[FD], "oracle gain": found["oracle"] - few["oracle"]}
     first = networks[AUDITOR]
-    both = {row: seen_both_ways(networks[n], judge, first, audited.brief, size, steps, features_of(first, audited.real["image"])) for row, n in ((name, "few"), ("few-step, rewarded", "rewarded"))}
+    both = {row: seen_both_ways(networks[n], judge, [first], audited.brief, size, steps, audited.real["image"]) for row, n in ((name, "few"), ("few-step, rewarded", "rewarded"))}
     card.row("few-step, rewarded", "student", {k: {"generated": v} for k, v in (found | {k: both["few-step, rewarded"][k] for k in ("proxy", "gap")}).items()})
     card.row(name, "student", {k: {"generated": both[name][k]} for k in ("proxy", "gap")})
     brief = {k: v[:part.briefs] for k, v in audited.brief.items()}

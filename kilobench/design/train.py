@@ -198,4 +198,4 @@ def train(run: Run[DesignRecipe]) -> None:
     if run.recipe.decoder.generate:
         auditors, drawing = [train_network(run, name, made).module.cpu() for name in auditors_of(run.recipe)], train_generators(run, made, done["encoder"])
         if is_main(): save_trained(run.path("export", "few.safetensors"), "few", drawing["few"], run.recipe)
-        train_rewarded(run, made, drawing["few"], drawing["decoder"], Teachers(done["encoder"], done["abstractor"]), auditors[0])
+        train_rewarded(run, made, drawing["few"], drawing["decoder"], Teachers(done["encoder"], done["abstractor"]), auditors)
