@@ -100,23 +100,20 @@ SPLITS = 8     # random halves of reality, over which distance and floor are mea
 
 
 class Eye:
-    """One auditor and what it saw of real designs; features in units of their spread."""
-    def __init__(self, auditor: UNet, real: Tensor, train: Tensor, n: int):
-        self.auditor, self.n = auditor.eval(), n
+    """An auditor that was shown some real pictures; features in units of their spread."""
+    def __init__(self, auditor: UNet, real: Tensor):
+        self.auditor = auditor.eval()
         seen = features_of(auditor, real)
         self.unit = float(seen.var(0).sum().sqrt())
-        self.features, self.train = seen / self.unit, self.look(train)
-        self.half = self.features[n:2 * n]      # designs for other briefs than those asked
+        self.features = seen / self.unit
 
     def look(self, images: Tensor) -> Tensor:
         """The features [N, D] of pictures."""
         return features_of(self.auditor, images) / self.unit
 
-    def measure(self, features: Tensor) -> dict[str, float]:
-        """Distances, coverage and diversity of generated designs' features."""
-        distance = fd_with_floor(EXTRACTOR, self.features, features, splits=SPLITS)
-        return {**distance, "FD over floor": distance[FD] / distance[f"{FD} floor"], "MMD": kernel_mmd(features, self.half), **precision_recall(self.half, features, k=min(5, self.n - 1)),
-                "memorised": memorised(features, self.features, self.train), "diversity": spread(features) / spread(self.half)}
+    def distance(self, images: Tensor, among: slice = slice(None)) -> float:
+        """The Fréchet distance of pictures to the real ones, or to some `among` them."""
+        return frechet_distance(self.look(images), self.features[among])
 
 
 class Audit:
@@ -124,22 +121,31 @@ class Audit:
     def __init__(self, auditors: Sequence[UNet], made: DesignData, n: int):
         rows = made.rows("test")
         self.n = min(n, len(rows) // 2)
+        self.other = slice(self.n, 2 * self.n)      # designs for other briefs than those asked
         self.real = made.fetch(rows)
         self.brief = {k: v[:self.n] for k, v in brief_in(self.real).items()}
+        self.eyes = [Eye(auditor, self.real["image"]) for auditor in auditors]
         train = made.fetch(made.rows("train"))["image"]
-        self.eyes = [Eye(auditor, self.real["image"], train, self.n) for auditor in auditors]
+        self.train = [eye.look(train) for eye in self.eyes]
         self.scenes = audit(self.eyes[0].auditor, self.real["image"])[1]
+
+    def seen_by(self, eye: Eye, train: Tensor, images: Tensor) -> dict[str, float]:
+        """Distances, coverage and diversity of pictures in one auditor's eyes; train: its features of the training designs."""
+        features, half = eye.look(images), eye.features[self.other]
+        distance = fd_with_floor(EXTRACTOR, eye.features, features, splits=SPLITS)
+        return {**distance, "FD over floor": distance[FD] / distance[f"{FD} floor"], "MMD": kernel_mmd(features, half), **precision_recall(half, features, k=min(5, self.n - 1)),
+                "memorised": memorised(features, eye.features, train), "diversity": spread(features) / spread(half)}
 
     def measure(self, images: Tensor) -> dict[str, float]:
         """All numbers of n pictures [n, 3, H, W] that answer `brief`: means over the auditors, and the spread of the distance between them."""
-        seen = [eye.measure(eye.look(images)) for eye in self.eyes]
+        seen = [self.seen_by(eye, train, images) for eye, train in zip(self.eyes, self.train)]
         means = {k: float(np.mean([s[k] for s in seen])) for k in seen[0]}
         scenes = audit(self.eyes[0].auditor, images)[1]
         return {**means, "FD over floor_sd": float(np.std([s["FD over floor"] for s in seen])), **fidelity(scenes, self.brief), **oracle_means(scenes)}
 
     def distance(self, images: Tensor) -> float:
         """The mean distance of pictures to designs for other briefs."""
-        return float(np.mean([frechet_distance(eye.look(images), eye.half) for eye in self.eyes]))
+        return float(np.mean([eye.distance(images, self.other) for eye in self.eyes]))
 
     def ceilings(self) -> dict[str, tuple[float, str]]:
         """Metric → (value, how): what the auditor reads off real designs."""

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from ..core.metrics import frechet_distance
 from ..core.run import Run, read_json, write_json
 from ..core.scorecard import Scorecard
 from ..core.show import montage, new_figure, style
@@ -22,7 +21,7 @@ from ..core.training import load_fitted
 from .data import DesignData
 from .decoder import Brief, Denoiser
 from .distil import sampled
-from .generated import FD, Audit, audit, draw, features_of, oracle_means
+from .generated import FD, Audit, Eye, audit, draw, oracle_means
 from .generators import brief_in, copy_of, train_matched
 from .model import AUDITOR, Networks, UNet, soft
 from .parse import parsed_scores
@@ -49,14 +48,12 @@ def liked(judge: nn.Module, pictures: Tensor, part: LossPart) -> dict[str, Tenso
 
 # %% ../../nbs/design/02c_reward.ipynb #98b5c4b5
 @torch.no_grad()
-def seen_both_ways(model: Denoiser, judge: nn.Module, auditors: Sequence[UNet], brief: Brief, size: int, steps: int, real: Tensor) -> dict[str, float]:
-    """{proxy, oracle, gap, FD} of designs for a brief, from fixed noise; real: pictures [M, 3, H, W], to which FD is the mean distance in all auditors' eyes. The first one's reading is parsed."""
+def seen_both_ways(model: Denoiser, judge: nn.Module, eyes: Sequence[Eye], brief: Brief, size: int, steps: int) -> dict[str, float]:
+    """{proxy, oracle, gap, FD} of designs for a brief, from fixed noise; FD is the mean distance in all eyes, and the first one's reading is parsed."""
     device = next(model.parameters()).device
     pictures = draw(lambda b, z: sampled(model, {k: v.to(device) for k, v in b.items()}, z.to(device), steps).cpu(), brief, size)
-    scenes = audit(auditors[0], pictures)[1]
-    apart = [frechet_distance(features_of(a, pictures), seen) / float(seen.var(0).sum()) for a in auditors for seen in [features_of(a, real)]]
-    liked, means = float(torch.cat([proxy(judge, some.to(device)) for some in pictures.split(50)]).mean()), oracle_means(scenes)
-    return {"proxy": liked, "oracle": means["oracle"], "gap": liked - means["oracle"], "FD": float(np.mean(apart))}
+    liked, oracle = float(torch.cat([proxy(judge, some.to(device)) for some in pictures.split(50)]).mean()), oracle_means(audit(eyes[0].auditor, pictures)[1])["oracle"]
+    return {"proxy": liked, "oracle": oracle, "gap": liked - oracle, "FD": float(np.mean([eye.distance(pictures) for eye in eyes]))}
 
 
 def believed(seen: Mapping[str, float], before: Mapping[str, float], most: float = 1.5) -> float:
@@ -69,10 +66,10 @@ def train_rewarded(run: Run[DesignRecipe], made: DesignData, few: Denoiser, teac
     d, part = run.recipe.decoder, run.recipe.loss
     for net, device in ((few, run.device), (judge, run.device), *((a, torch.device("cpu")) for a in auditors)): freeze(net).to(device)
     held = made.fetch(made.rows("val"))
-    brief, real = {k: v[:n] for k, v in brief_in(held).items()}, held["image"]
-    before = seen_both_ways(few, judge, auditors, brief, made.size, d.rungs[-1], real)
+    brief, eyes = {k: v[:n] for k, v in brief_in(held).items()}, [Eye(auditor, held["image"]) for auditor in auditors]
+    before = seen_both_ways(few, judge, eyes, brief, made.size, d.rungs[-1])
     def look(model: Denoiser) -> dict[str, float]:
-        seen = seen_both_ways(model, judge, auditors, brief, made.size, d.rungs[-1], real)
+        seen = seen_both_ways(model, judge, eyes, brief, made.size, d.rungs[-1])
         return seen | {"believed": believed(seen, before)}
     fitted = train_matched(run, "rewarded", few, teacher, made, "reward", d.rungs[-1], d.lead, look, (*before, "believed"), "believed", lambda pictures: liked(judge, pictures, part), part.stay)
     best = float(fitted.history["believed"].max())
@@ -167,12 +164,11 @@ def put_rewarded(card: Scorecard, networks: Networks, judge: nn.Module, recipe: 
     part, steps, name = recipe.decoder, recipe.decoder.rungs[-1], f"few-step, {recipe.decoder.rungs[-1]}"
     found = audited.measure(draw(lambda b, z: sampled(networks["rewarded"], b, z, steps), audited.brief, size))
     found |= {"FD over base": found[FD] / few[FD], "oracle gain": found["oracle"] - few["oracle"]}
-    first = networks[AUDITOR]
-    both = {row: seen_both_ways(networks[n], judge, [first], audited.brief, size, steps, audited.real["image"]) for row, n in ((name, "few"), ("few-step, rewarded", "rewarded"))}
+    both = {row: seen_both_ways(networks[n], judge, audited.eyes[:1], audited.brief, size, steps) for row, n in ((name, "few"), ("few-step, rewarded", "rewarded"))}
     card.row("few-step, rewarded", "student", {k: {"generated": v} for k, v in (found | {k: both["few-step, rewarded"][k] for k in ("proxy", "gap")}).items()})
     card.row(name, "student", {k: {"generated": both[name][k]} for k in ("proxy", "gap")})
     brief = {k: v[:part.briefs] for k, v in audited.brief.items()}
-    result = duel(networks["few"], judge, first, brief, size, steps, part.draws, part.ascents)
+    result = duel(networks["few"], judge, networks[AUDITOR], brief, size, steps, part.draws, part.ascents)
     for row, role in (("innovation", "student"), ("best of N", "baseline")):
         card.row(row, role, {k: {"search": float(result["found"][row][k].mean())} for k in ("liking", "oracle")})
     card.row("innovation", "student", {"wins": {"search": result["wins"]}, "wins by liking": {"search": result["wins_liking"]}}, {"draws": result["draws"]})
