@@ -69,6 +69,7 @@ def read_array(path: Path, channels: int, size: int, top: Sequence[int] | None =
     want = (channels, size, size)
     try: array = np.lib.format.open_memmap(path, "r")      # np.load would take archives and pickles, too
     except FileNotFoundError: raise UserError(f"{path}: is missing; restore it") from None
+    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror or e})") from None
     except Exception as e: raise UserError(f"{path}: damaged, not a npy array ({(str(e) or type(e).__name__).splitlines()[0][:80]}); restore it") from None      # numpy parses the header as Python: nearly anything may be raised
     if array.shape != want or array.dtype != np.uint8: raise UserError(f"{path}: {str(array.dtype)[:40]} {str(list(array.shape))[:80]}; expected uint8 {list(want)}, a side as in data.size")
     if top is not None:
@@ -196,7 +197,9 @@ class DesignData(Dataset):
     @cached_property
     def _memory(self) -> tuple[Tensor, Tensor] | None:
         if len(self) * 7 * self.size**2 > 2**30: return None
-        image, structure = (torch.from_numpy(np.stack(a)) for a in zip(*(self.arrays(i) for i in range(len(self)))))
+        image, structure = (torch.empty(len(self), channels, self.size, self.size, dtype=torch.uint8) for channels in (3, 4))
+        for i in range(len(self)):      # one at a time: each mapped array is an open file
+            for whole, own in zip((image, structure), self.arrays(i)): whole[i] = torch.from_numpy(np.array(own))
         return image, structure
 
     @cached_property

@@ -207,12 +207,12 @@ class Abstractor(nn.Module):
         seen = by_rule(structure) if seen is None else seen
         said = self.heads(x, relations, seen)
         felt, (mended, sure) = said["grammar"], self.mended(said["grammar"], seen)
-        return said | {"grammar": sure.detach().clamp(0, 1) + felt - felt.detach(), "felt": felt, "mended": mended}
+        return said | {"grammar": sure.detach().clamp(0, 1) + (felt - felt.detach()), "felt": felt, "mended": mended}
 
 # %% ../../nbs/design/01_model.ipynb #d7c85e34
 def decided(soft: Tensor) -> Tensor:
     """Soft structure [B, 30, H, W] → the same made up its mind, in 0 and 1; its gradient is the soft one's."""
-    return layers(harden(soft.detach())) + soft - soft.detach()
+    return layers(harden(soft.detach())) + (soft - soft.detach())
 
 # %% ../../nbs/design/01_model.ipynb #ac3fa42c
 class Compact(nn.Module):
