@@ -101,7 +101,7 @@ PRESETS: dict[str, dict[str, Any]] = {
               "decoder.widths": [8, 16, 16], "decoder.patch": 8, "decoder.context": 8, "decoder.steps": 4, "decoder.rungs": [2], "decoder.samples": 16, "decoder.auditors": 2, "decoder.briefs": 4, "decoder.draws": 2, "decoder.ascents": 1,
               **each(TRAININGS, steps=8, batch=8, lr=4e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
     "cpu": {**NARROW, **each(TRAININGS, batch=16, lr=5e-3, weight_decay=1e-3, warmup=0.15, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "counterfactuals": 30, "train.steps": 5200, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 1300, "audit.steps": 1400,
+            "data.n": 12_000, "data.test": 0.08, "counterfactuals": 60, "train.steps": 5200, "train.batch": 8, "train.optimiser": "muon", "train.lr": 1.5e-2, "train.eval_every": 1300, "audit.steps": 1400,
             "judge.steps": 900, "judge.batch": 32, "judge.lr": 4e-3, "judge.weight_decay": 0.1,
             **each(("distil", "baseline"), optimiser="muon", lr=1e-2), "distil.steps": 1400, "loss.taught": 0.25, "baseline.steps": 1400,
             "decoder.widths": [64, 96, 128], "decoder.rungs": [8, 4], "decoder.samples": 300, "denoise.steps": 1800, "denoise.batch": 32,
