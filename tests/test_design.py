@@ -630,13 +630,14 @@ def test_what_is_read_off_an_exact_structure_are_its_elements():
     found = {(e["role"], *e["box"], e["colour"]) for e in said["elements"]}
     assert len(found & {(e.role, e.x, e.y, e.w, e.h, e.colour) for e in scene.elements}) >= 3      # the headline runs under the badge, the caption under the subhead
     assert said["scores_by_rule"] == pytest.approx(dict(zip(SCORES, grammar(scene))), abs=0.2)
+    assert said["labels_by_rule"]["goal"] == guess_goal(scene) and FORMATS[said["labels_by_rule"]["format"]] == scene.artboard[2:] and abs(said["labels_by_rule"]["tone"] - scene.tone) < 0.2
 
 
 def test_predict_draws_designs_for_a_brief(run, tmp_path, capsys):
     for out in ("a", "b"): commands.predict(goal="sale", tone=0.8, n=3, seed=4, out=tmp_path / out, run=str(run.dir))
     said = json.loads((tmp_path / "a" / "designs.json").read_text())
     assert {p.name for p in (tmp_path / "a").iterdir()} == {"design-000.png", "design-001.png", "design-002.png", "sheet.png", "designs.json"}
-    assert [(d["asked"]["goal"], d["asked"]["tone"]) for d in said["designs"]] == [("sale", 0.8)] * 3 and set(said["designs"][0]["read"]) == {"scores", "goal", "format", "tone", "elements", "scores_by_rule"}
+    assert [(d["asked"]["goal"], d["asked"]["tone"]) for d in said["designs"]] == [("sale", 0.8)] * 3 and set(said["designs"][0]["read"]) == {"scores", "goal", "format", "tone", "elements", "scores_by_rule", "labels_by_rule"}
     assert (tmp_path / "a" / "sheet.png").read_bytes() == (tmp_path / "b" / "sheet.png").read_bytes()
     first, second = (Image.open(tmp_path / "a" / f"design-00{k}.png").tobytes() for k in (0, 1))
     assert first != second and "2 steps" in capsys.readouterr().err

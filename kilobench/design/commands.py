@@ -59,9 +59,9 @@ def on_pasteboard(path: Path, size: int) -> Any:
 
 # %% ../../nbs/design/05_commands.ipynb #75d3ed59
 def answer(picture: Any, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(name → picture, readings as plain values) of one picture [3, H, H]: masks, declared colours, hierarchy; scores, goal, format, tone with their odds; elements and scores by rule.
+    """(name → picture, readings as plain values) of one picture [3, H, H]: masks, declared colours, hierarchy; scores, goal, format, tone with their odds; elements, scores and labels by rule.
 
-    Boxes of elements are (x, y, w, h) in 64ths of the side; scores by rule are the oracle's of these elements."""
+    Boxes of elements are (x, y, w, h) in 64ths of the side; scores by rule are the oracle's of these elements, labels by rule those that palette, band, badge and artboard stand for."""
     import torch
     from kilobench.design.model import soft
     from kilobench.design.oracle import SCORES
@@ -76,6 +76,7 @@ def answer(picture: Any, model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     scene = parse(structure.cpu().numpy())
     readings["elements"] = [{"role": e.role, "box": [e.x, e.y, e.w, e.h], "colour": e.colour} for e in scene.elements]
     readings["scores_by_rule"] = dict(zip(SCORES, (round(float(v), 4) for v in parsed_scores(scene))))
+    readings["labels_by_rule"] = {"goal": scene.goal, "format": scene.format, "tone": round(scene.tone, 4)}
     return structure_pictures(structure), readings
 
 # %% ../../nbs/design/05_commands.ipynb #bd10e5a5
@@ -123,7 +124,7 @@ def draw_designs(out: Path, goal: str, format: str, tone: float | None, n: int, 
         said.append({"file": f"design-{k:03d}.png", "asked": dict(zip(("goal", "format", "tone"), brief)), "read": answer(picture, reader)[1]})
     with atomic_path(out / "sheet.png") as tmp: sheet_of(pictures).save(tmp, format="PNG")
     write_json(out / "designs.json", {"student": str(file), "seed": seed, "steps": steps, "designs": said})
-    kept = sum(next(iter(d["read"]["goal"])) == d["asked"]["goal"] for d in said)
+    kept = sum(d["read"]["labels_by_rule"]["goal"] == d["asked"]["goal"] for d in said)     # as the scorecard counts: networks that judge learned from real designs only
     print(f"{out}: {n} designs, sheet.png and designs.json; the goal asked for is read in {kept} of {n}")
 
 
