@@ -270,6 +270,13 @@ def test_a_set_may_hold_more_designs_than_files_may_be_open(tmp_path):
     for k in (0, 39): assert np.array_equal(read["image"][k].numpy(), designs.arrays(k)[0] / np.float32(255))
 
 
+def test_a_split_without_designs_says_what_to_do(folder, capsys):
+    assert data_module.counted({"train": 50, "test": 10}) == "train 50, val 0, test 10; bring more designs, or raise data.val and data.test"
+    commands.check_folder(folder, 64)
+    found = [split_of(e["skeleton"], DataPart()) for e in import_designs(folder, DataPart())]
+    assert capsys.readouterr().out.endswith(f": train {found.count('train')}, val {found.count('val')}, test {found.count('test')}\n")     # none is empty here
+
+
 def test_archives_and_links_are_refused(folder, tmp_path):
     file = file_of(folder, "images", 3)
     with file.open("wb") as f: np.savez(f, a=np.zeros((3, 64, 64), np.uint8))

@@ -182,13 +182,13 @@ def data(out: Annotated[Path, typer.Option(help="Folder to write images/, f_tens
 def check_folder(folder: Path, size: int) -> None:
     """Say what a training on this folder would see; the first fault is a `UserError`."""
     from collections import Counter
-    from kilobench.design.data import import_designs, split_of
+    from kilobench.design.data import counted, import_designs, split_of
     from kilobench.design.recipe import DataPart
     part = DataPart(size=size)
     entries = import_designs(folder, part)
     counts, splits = Counter(e["goal"] for e in entries), Counter(split_of(e["skeleton"], part) for e in entries)
     print(f"{folder}: {len(entries)} designs are whole and fit their scenes, {len({e['content'] for e in entries})} distinct, {len({e['skeleton'] for e in entries})} families; "
-          + ", ".join(f"{k} {v}" for k, v in sorted(splits.items())) + "; goals: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()))
+          + "goals: " + ", ".join(f"{k} {v}" for k, v in counts.most_common()) + f"; at data.val={part.val} data.test={part.test}: {counted(splits)}")
 
 # %% ../../nbs/design/05_commands.ipynb #8edddfa7
 def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, or x.safetensors.")] = Path("student.onnx"),

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['TOP', 'SPLITS', 'MAKER', 'MAX_DESIGNS', 'file_of', 'to_bytes', 'metadata_of', 'write_design', 'entry_of',
            'read_array', 'read_metadata', 'read_design', 'split_of', 'make_designs', 'import_designs', 'data_dir',
-           'make_data', 'DesignData', 'check_data', 'families_told_apart', 'load_data', 'data']
+           'make_data', 'DesignData', 'counted', 'check_data', 'families_told_apart', 'load_data', 'data']
 
 # %% ../../nbs/design/00_data.ipynb #c6b68802
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -221,10 +221,16 @@ class DesignData(Dataset):
     def __getitem__(self, i: int) -> dict[str, Tensor]: return {k: v[0] for k, v in self.fetch([i]).items()}
 
 # %% ../../nbs/design/00_data.ipynb #e59d3443
+def counted(splits: Mapping[str, int]) -> str:
+    """How many designs each split has and, where one has none, what to do."""
+    said = ", ".join(f"{s} {splits.get(s, 0)}" for s in SPLITS)
+    return said if all(splits.get(s) for s in SPLITS) else f"{said}; bring more designs, or raise data.val and data.test"
+
+
 def check_data(card: Scorecard, data: DesignData) -> None:
     """Put the checks and the ceilings on the card."""
     by_split = {s: [data.entries[i] for i in data.rows(s)] for s in SPLITS}
-    card.check("designs in every split", all(by_split.values()), ", ".join(f"{s} {len(v)}" for s, v in by_split.items()))
+    card.check("designs in every split", all(by_split.values()), counted({s: len(v) for s, v in by_split.items()}))
     contents = [e["content"] for e in data.entries]
     card.check("distinct pictures", len(set(contents)) >= 0.99 * len(contents), f"{len(set(contents))} of {len(contents)}")
     for what, key in (("picture", "content"), ("scene family", "skeleton")):
