@@ -19,10 +19,10 @@ from kilobench.core.scorecard import Report, Scorecard
 from kilobench.core.teacher import module_hash
 from kilobench.pbr import commands, data as data_module
 from kilobench.pbr.brdf import light_points, plain, random_eyes, random_lights, reflect, render, rig, seen_points, shade, split_maps, tiled, to_linear, to_srgb, unseen_lights
-from kilobench.pbr.counterfactual import Capture, ask_exact, ask_network, assess_networks, ball, captures_of, edits_of, explorer
+from kilobench.pbr.counterfactual import MATERIAL_EDITS, Capture, ask_exact, ask_network, assess_networks, ball, captures_of, edits_of, explorer
 from kilobench.pbr.data import METADATA, PbrData, check_data, contents, data, load_data, make_data, queue, read_maps, read_metadata, read_photos, rig_of, split_of, write_set
 from kilobench.pbr.dirt import FAULTS, dirty
-from kilobench.pbr.evaluate import guesses, metal_iou, role_of, score_maps
+from kilobench.pbr.evaluate import FITTED, guesses, metal_iou, role_of, score_maps
 from kilobench.pbr.losses import cosine_gap, degrees, map_terms, material_loss, render_loss
 from kilobench.pbr.materials import draw_material
 from kilobench.pbr.model import build, build_teacher
@@ -396,7 +396,9 @@ def test_a_phone_student_writes_twice_what_it_sees(tmp_path, outputs):
 def test_scores_tell_the_truth_from_guesses(materials):
     same = score_maps(materials, materials)
     assert same["render_psnr"]["mean"] == 100 and same["metal_iou"] == 1 and same["normal_error"]["mean"] < 0.1
-    rows = guesses({"maps": materials, "views": render(materials, *rig())}, materials.mean((0, 2, 3)).view(8, 1, 1))
+    batch, mean = {"maps": materials, "views": render(materials, *rig()), "rig": torch.cat(rig(), 1).expand(len(materials), -1, -1)}, materials.mean((0, 2, 3)).view(8, 1, 1)
+    rows = guesses(batch, mean)
+    assert guesses(batch | {"rig": 0 * batch["rig"]}, mean).keys() == rows.keys() - {"photometric stereo"}, "no stereo without a light"
     found = {n: score_maps(m, materials)["render_psnr"]["mean"] for n, m in rows.items()}
     assert all(role_of(n) in ("baseline", "control") for n in rows) and found["truth, half a pixel off"] > found["truth, one pixel off"] > found["another material"]
     none = torch.zeros(2, 1, 4, 4)
@@ -405,11 +407,12 @@ def test_scores_tell_the_truth_from_guesses(materials):
 
 def test_the_report_has_its_rows_and_criteria(run):
     report = Report.load(run.dir)
-    assert {"teacher", "student", "alone", "mean colour, flat", "mean material", "student, fp16", "student, 8 bit", "student, ONNX"} <= {r.name for r in report.rows}
+    assert {"teacher", "student", "alone", "photometric stereo", FITTED, "mean colour, flat", "mean material", "student, fp16", "student, 8 bit", "student, ONNX"} <= {r.name for r in report.rows}
     student = report.values("student")
     assert {"render_psnr/test", "render_psnr/dirty", "render_psnr/untold", "render_psnr/lights", "normal_error/test", "metal_iou/test", "cost/speedup_b1", "cost/answers_share"} <= set(student)
     assert all(c.value is not None for c in report.criteria) and (run.dir / "export" / "student.onnx").exists()
-    assert {"light", "order", "dirt", "rougher", "recoloured"} <= set(report.counterfactual["student"])
+    assert {"light", "order", "dirt", "rougher", "recoloured"} <= set(report.counterfactual["student"]) and set(report.counterfactual[FITTED]) == {"overall", *MATERIAL_EDITS}
+    assert report.values(FITTED)["render_psnr/test"] > report.values("student")["render_psnr/test"]
 
 
 # ---- what if

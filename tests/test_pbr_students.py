@@ -12,6 +12,7 @@ from kilobench.pbr.discriminator import PatchGAN, d_loss, g_loss, r1_penalty, re
 from kilobench.pbr.model import build_teacher
 from kilobench.pbr.recipe import STUDENTS, ModelPart, StudentPart
 from kilobench.pbr.students import Head, PLKEsc, SharedKernel, Trunk, build_student, mobilenet, orbits, student_part
+from kilobench.pbr.synthesis import Refinement
 from kilobench.pbr.views import CrossViewTransformer, imagenet, to_maps, with_light
 
 TINY = {"kind": "mobile", "backbone": "mobilenetv3_small_050", "pretrained": False, "dim": 16, "depth": 1, "decoder": 8, "heads": 2}
@@ -180,6 +181,25 @@ def test_the_head_that_doubles_is_trained():
     assert any(isinstance(m, nn.PixelShuffle) for m in net.head.modules()) and parameters(net) > parameters(build_student(StudentPart(**TINY)))
     fresh = Head(8, 2).eval()(torch.ones(1, 8, 8, 8))[..., 4:12, 4:12]
     assert torch.allclose(fresh, fresh[..., :1, :1], atol=1e-5)      # no checkerboard: a flat picture is enlarged to a flat picture
+
+
+def test_a_refinement_is_trained_once_its_last_layer_is_not_zero():
+    net = build_student(StudentPart(**student_part("pixel").model_dump() | {"refine": 2}))
+    for k in range(2):
+        net.zero_grad()
+        net(torch.rand(2, 3, 3, 32, 32), setup()).mul(torch.rand(2, 8, 32, 32)).sum().backward()
+        missed = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
+        assert all(n.startswith("refine.rounds") for n in missed) if k == 0 else not missed
+        with torch.no_grad():
+            for p in net.parameters(): p -= 0.01 * p.grad.sign()
+
+
+def test_a_refinement_is_finite_at_the_ends_of_its_range():
+    net = Refinement(2, 8)
+    for p in net.parameters(): nn.init.normal_(p)
+    raw = torch.stack([torch.full((8, 8, 8), v) for v in (-60.0, 0.0, 60.0)])
+    for light in (torch.zeros(3, 2, 6), torch.tensor([0.0, 0, 1e-3, 0, 0, 1e-3]).expand(3, 2, 6), torch.tensor([9.0, 0, 0, 0, 0, 3]).expand(3, 2, 6)):
+        for shade in (0.0, 1.0): assert net(raw, torch.full((3, 2, 3, 8, 8), shade), light).isfinite().all()
 
 
 def test_strides_are_the_same_whatever_the_size():

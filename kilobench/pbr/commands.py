@@ -209,7 +209,7 @@ def export(out: Annotated[Path, typer.Option(help="What to write: x.onnx, x.safe
 
 # %% ../../nbs/pbr/05_commands.ipynb #74e00739
 def score_textures(folder: Path, run: str, tiles: int) -> dict[str, dict[str, float]]:
-    """Row → {render_psnr, normal_error, roughness_rmse, metal_iou} of a run's networks, and of mean colour on a flat surface, on textures under a folder."""
+    """Row → {render_psnr, normal_error, roughness_rmse, metal_iou} of a run's networks, of photometric stereo and of mean colour on a flat surface, on textures under a folder."""
     import torch
     from kilobench.core.metrics import to_uint8
     from kilobench.pbr.brdf import render, rig
@@ -223,7 +223,8 @@ def score_textures(folder: Path, run: str, tiles: int) -> dict[str, dict[str, fl
     least = nets["student"][1]["map_size"]
     truth, out = smaller_maps(maps, least), {}
     for name, (net, config) in nets.items(): out[name] = smaller_maps(predict_maps(net, smaller(photos, config["image_size"]), torch.tensor(config["rig"]).expand(len(maps), -1, -1)), least)
-    out["mean colour, flat"] = guesses({"maps": truth, "views": smaller(photos, least)}, torch.tensor([0.5] * 3 + [0.57, 0, 0, 0, 1]).view(8, 1, 1))["mean colour, flat"]
+    guessed = guesses({"maps": truth, "views": smaller(photos, least), "rig": torch.cat(rig(views), 1).expand(len(maps), -1, -1)}, torch.tensor([0.5] * 3 + [0.57, 0, 0, 0, 1]).view(8, 1, 1))
+    out |= {name: guessed[name] for name in ("photometric stereo", "mean colour, flat")}
     kept, plain = ("render_psnr", "normal_error", "roughness_rmse", "metal_iou"), lambda v: v["mean"] if isinstance(v, dict) else v
     return {name: {k: round(plain(v), 3) for k, v in score_maps(m, truth).items() if k in kept} for name, m in out.items()}
 

@@ -20,6 +20,7 @@ from ..core.training import mix
 from ..core.scorecard import Scorecard
 from .recipe import ModelPart, PbrRecipe
 from .students import Head, MobileStudent, PixelStudent, build_student
+from .synthesis import Refinement
 from .views import CrossViewTransformer, Exchange, conv, imagenet, per_view, pooled, six_channels, weights_file, with_light
 
 # %% ../../nbs/pbr/01_model.ipynb #2325e0dc
@@ -123,7 +124,7 @@ class MaterialNet(nn.Module):
         ins = [last, *skips[::-1]]
         self.up = nn.ModuleList(Up(a, b) for a, b in zip(ins, skips[::-1]))
         self.head_channels = self.encoder.channels[0]
-        self.head = Head(self.head_channels, grid=grid)
+        self.head, self.refine = Head(self.head_channels, grid=grid), Refinement(part.refine, part.refine_width)
 
     def features(self, views: Tensor, rig: Tensor | None = None) -> Tensor:
         """What the head reads: [B, C, H / grid, W / grid]."""
@@ -132,7 +133,7 @@ class MaterialNet(nn.Module):
         for up, skip in zip(self.up, reversed(skips)): x = up(x, pooled(skip))
         return x
 
-    def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor: return self.head(self.features(views, rig))
+    def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor: return self.refine(self.head(self.features(views, rig)), views, rig)
 
 
 def build_teacher(part: ModelPart, seed: int = 0) -> MaterialNet:

@@ -45,6 +45,8 @@ class ModelPart(Part):
     transformer_num_heads: int = Field(8, ge=1, description="its attention heads")
     transformer_depth: int = Field(4, ge=0, description="its layers; 0: views meet by mean and maximum only")
     transformer_mlp_ratio: float = Field(4.0, gt=0, description="width of its hidden layers over its own")
+    refine: int = Field(0, ge=0, le=8, description="rounds of rendering what was read and correcting it (00g); for rectified photographs")
+    refine_width: int = Field(24, ge=8, description="channels of a round")
     use_gan: bool = Field(False, description="train against a discriminator")
     discriminator_n_layers: int = Field(4, ge=1, le=7, description="strided layers of the PatchGAN")
     discriminator_ndf: int = Field(64, ge=4, description="channels of its first layer")
@@ -72,6 +74,8 @@ class StudentPart(Part):
     ratio: float = Field(2.0, ge=1, le=8, description="hidden over outer channels of its feed-forward parts")
     channels: tuple[int, int, int] = Field((16, 32, 48), description="pixel: channels at 1, 1/2 and 1/4 of the grid's side")
     grid: Literal[1, 2] = Field(1, description="pixel: side of the squares of pixels that its finest layers take for one place")
+    refine: int = Field(0, ge=0, le=8, description="rounds of rendering what was read and correcting it (00g); for rectified photographs")
+    refine_width: int = Field(24, ge=8, description="channels of a round")
     backbone: BACKBONES = Field("mobilenetv3_large_100", description="mobile: timm's name, with the width in percent at its end")
     pretrained: bool = Field(True, description="mobile: begin with ImageNet's weights where they are cached")
     decoder: int = Field(128, ge=8, multiple_of=8, description="mobile: channels of its decoder at 1/16 of the side, half as many at 1/8, and so on")
@@ -90,7 +94,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "convattn_student": {**_PLK, "bottleneck": "plk-seed", "kernel": 17},
     "convattn_esc": {**_PLK, "bottleneck": "plk-esc", "kernel": 13},
     "mobilenetv3_2048": {**_VIT, "image_size": 2048},
-    "pixel": {"grid": 2, "channels": (32, 32, 48), "dim": 48, "bottleneck": "plk-seed", "kernel": 9, "depth": 1},
+    "pixel": {"grid": 2, "channels": (32, 32, 48), "dim": 48, "bottleneck": "plk-seed", "kernel": 9, "depth": 1, "refine": 2},
     "pixel_esc": {"bottleneck": "plk-esc", "kernel": 13, "depth": 2},
 }
 
@@ -140,11 +144,11 @@ FULL = {**SOURCE, **GAN, "data.image_size": 1024, **_student("mobilenetv3_512"),
 # %% ../../nbs/pbr/00d_recipe.ipynb #e0064edf
 PRESETS: dict[str, dict[str, Any]] = {
     "smoke": {**_student("pixel"), "data.n": 60, "data.image_size": 32, "data.val_ratio": 0.2, "edits": 3, "model.encoder_channels": [8, 16, 16], "model.transformer_dim": 16, "model.transformer_num_heads": 2, "model.transformer_depth": 1,
-              "model.use_gan": True, "model.discriminator_n_layers": 1, "model.discriminator_ndf": 8, "student.channels": [4, 4, 8], "student.dim": 16, "student.depth": 1, "student.kernel": 5, "student.passing": 4,
+              "model.use_gan": True, "model.discriminator_n_layers": 1, "model.discriminator_ndf": 8, "student.channels": [4, 4, 8], "student.dim": 16, "student.depth": 1, "student.kernel": 5, "student.passing": 4, "student.refine_width": 8, "model.refine": 1, "model.refine_width": 8,
               "shards.size": 16, **each(TRAININGS, steps=8, batch=4, lr=2e-3, ema=0.8, log_every=2, eval_every=4, save_every=4)},
-    "cpu": {"data.n": 3000, "edits": 24, **_student("pixel"), "model.encoder_channels": [40, 56, 96, 192], "model.transformer_dim": 192, "model.transformer_num_heads": 6, "model.transformer_depth": 3, "model.transformer_mlp_ratio": 2.0,
+    "cpu": {"data.n": 3000, "edits": 24, **_student("pixel"), "model.encoder_channels": [40, 56, 96, 192], "model.transformer_dim": 192, "model.transformer_num_heads": 6, "model.transformer_depth": 3, "model.transformer_mlp_ratio": 2.0, "model.refine": 3, "model.refine_width": 48,
             **each(TRAININGS, optimiser="muon", lr=1e-2, batch=4, weight_decay=1e-3, ema=0.99, log_every=20, eval_every=500, save_every=250),
-            "train.steps": 1400, **each(("distil", "baseline"), steps=4600, lr=1.2e-2, weight_decay=0.1)},
+            "train.steps": 1400, **each(("distil", "baseline"), steps=3200, lr=1.2e-2, weight_decay=0.1)},
     "full": FULL,
     "default": {**SOURCE, **GAN, "model.encoder_backbone": "resnet50"},
     "quick_test": {**SOURCE, **GAN, "model.encoder_backbone": "resnet18", "model.transformer_depth": 2, **each(TRAININGS, steps=9000)},

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from ..core.recipe import UserError, nearest
 from .recipe import STUDENTS, StudentPart
-from .views import CrossViewTransformer, Exchange, conv, imagenet, per_view, pooled, six_channels, to_maps, weights_file, with_light
+from .synthesis import Refinement
+from .views import CrossViewTransformer, Exchange, conv, imagenet, per_view, pooled, six_channels, weights_file, with_light
 
 # %% ../../nbs/pbr/01a_students.ipynb #d1e50b33
 class ConvFFN(nn.Module):
@@ -141,7 +142,7 @@ class Up(nn.Module):
 
 
 class Head(nn.Module):
-    """Features [B, C, h, w] → maps [B, 8, s · h, s · w], s = scale · grid, sub-pixel, started as an enlargement; a scale of 2 has layers of its own."""
+    """Features [B, C, h, w] → raw numbers of maps (`to_maps`) [B, 8, s · h, s · w], s = scale · grid, sub-pixel, started as an enlargement; a scale of 2 has layers of its own."""
     def __init__(self, channels: int, scale: int = 1, grid: int = 1):
         super().__init__()
         side = scale * grid
@@ -150,7 +151,7 @@ class Head(nn.Module):
         nn.init.zeros_(fine.get_parameter("bias"))
         self.layers = nn.Sequential(*([conv(channels, 2 * channels)] if scale > 1 else []), fine, nn.PixelShuffle(side)) if side > 1 else fine
 
-    def forward(self, x: Tensor) -> Tensor: return to_maps(self.layers(x))
+    def forward(self, x: Tensor) -> Tensor: return self.layers(x)
 
 # %% ../../nbs/pbr/01a_students.ipynb #0766c714
 def mobilenet(backbone: str, weights: Path | None = None) -> Any:
@@ -173,7 +174,7 @@ class MobileStudent(nn.Module):
         self.fuse = nn.ModuleList(conv(2 * c, c, 1) for c in (*skips, part.dim))
         self.up = nn.ModuleList(Up(a, s, b) for a, s, b in zip((part.dim, *widths), skips[::-1], widths))
         self.head_channels = widths[-1]
-        self.head = Head(widths[-1], part.scale)
+        self.head, self.refine = Head(widths[-1], part.scale), Refinement(part.refine, part.refine_width)
 
     def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor:
         """See the class."""
@@ -185,7 +186,7 @@ class MobileStudent(nn.Module):
         *skips, x = [fuse(pooled(m)) for fuse, m in zip(self.fuse, maps)]
         x = self.trunk(x)
         for up in self.up: x = up(x, skips.pop())
-        return self.head(x)
+        return self.refine(self.head(x), views, rig)
 
 # %% ../../nbs/pbr/01a_students.ipynb #4031d622
 class PixelStudent(nn.Module):
@@ -200,6 +201,7 @@ class PixelStudent(nn.Module):
         self.fuse, self.quarter = nn.ModuleList(conv(2 * c, c, 1) for c in (full, half)), nn.Sequential(conv(half, coarse, stride=2), conv(coarse, part.dim, 1))
         self.trunk = Trunk(part.bottleneck, part.dim, part.depth, part.kernel, part.passing, part.heads, part.ratio)
         self.up, self.head = nn.ModuleList([Up(part.dim, half, half), Up(half, full, full)]), Head(full, part.scale, part.grid)
+        self.refine = Refinement(part.refine, part.refine_width)
 
     def forward(self, views: Tensor, rig: Tensor | None = None) -> Tensor:
         """See the class."""
@@ -207,7 +209,7 @@ class PixelStudent(nn.Module):
         mid = self.exchange[1](per_view(self.down, fine))
         mid = mid + self.exchange[2](per_view(self.again, mid))
         fine, mid = (fuse(pooled(x)) for fuse, x in zip(self.fuse, (fine, mid)))
-        return self.head(self.up[1](self.up[0](self.trunk(self.quarter(mid)), mid), fine))
+        return self.refine(self.head(self.up[1](self.up[0](self.trunk(self.quarter(mid)), mid), fine)), views, rig)
 
 
 def build_student(part: str | StudentPart) -> PixelStudent | MobileStudent:
