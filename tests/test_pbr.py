@@ -12,7 +12,8 @@ from PIL import Image
 from project_runs import assert_one_line, assert_same_training, assert_series_runs, finished_run, kill_in_training
 
 from kilobench.core.cli import in_own_words
-from kilobench.core.metrics import psnr
+from kilobench.core.export import fill, load_student, save_student
+from kilobench.core.metrics import parameters, psnr
 from kilobench.core.recipe import UserError
 from kilobench.core.run import open_run
 from kilobench.core.scorecard import Report, Scorecard
@@ -27,7 +28,7 @@ from kilobench.pbr.losses import cosine_gap, degrees, map_terms, material_loss, 
 from kilobench.pbr.materials import draw_material
 from kilobench.pbr.model import build, build_teacher
 from kilobench.pbr.recipe import PRESETS, STUDENTS, DataPart, LossPart, ModelPart, PbrRecipe
-from kilobench.pbr.train import Answers, altered, ask_teacher, key_of, lit, load_trained, mirrored, predict_maps, smaller, smaller_maps, train, train_student, train_teacher, usual_rig, varied
+from kilobench.pbr.train import Answers, altered, ask_teacher, key_of, lit, load_trained, mirrored, predict_maps, save_trained, smaller, smaller_maps, train, train_student, train_teacher, usual_rig, varied
 
 TEXTURES = Path(__file__).parents[2] / "shared" / "data" / "pbr_cc0"
 TINY = "data.n=40 edits=2 shards.size=8 " + " ".join(f"{t}.steps={n} {t}.batch=4 {t}.eval_every=2 {t}.save_every=2 {t}.log_every=2" for t, n in (("train", 6), ("distil", 4), ("baseline", 2)))
@@ -433,6 +434,17 @@ def test_views_of_any_number_stand_in_one_batch(run):
     assert torch.allclose(ask(many), torch.cat([ask([m]) for m in many]), atol=1e-4)
 
 
+def test_a_file_from_before_a_field_was_there_gives_the_network_it_was(run, tmp_path):
+    bare = PbrRecipe.make("smoke", "student.refine=0")
+    net = build("student", bare)
+    state, config = load_student(save_trained(tmp_path / "new.safetensors", "student", net, bare, torch.cat(rig(3), 1).tolist()))
+    config["part"] = {k: v for k, v in config["part"].items() if not k.startswith("refine")}
+    old, _ = load_trained(save_student(tmp_path / "old.safetensors", fill(build("student", bare), state), config))
+    assert parameters(old) == parameters(net) and not len(old.refine.rounds)
+    config["part"]["widht"] = 3
+    with pytest.raises(UserError, match="widht"): load_trained(save_student(tmp_path / "odd.safetensors", old, config))
+
+
 def test_the_explorer_follows(run):
     view = explorer(captures_of(run, 2), train(run), run.recipe)
     before = view.images["truth"].copy()
@@ -489,8 +501,8 @@ def test_core_ml_is_what_was_trained(run, tmp_path):
     ops = {o.type for o in block.operations}
     assert "conv" in ops and not ops & {"while_loop", "cond", "list_gather", "non_zero", "scatter"}     # what the Neural Engine cannot take
     assert any("FLOAT16" in str(o.outputs[0].type) for o in block.operations if o.type == "conv")
-    plain_report = commands.to_phone(net, config, tmp_path / "p.mlpackage", fp16=False)
-    assert plain_report["precision"] == "fp32" and plain_report["bytes"] > report["bytes"]
+    barereport = commands.to_phone(net, config, tmp_path / "p.mlpackage", fp16=False)
+    assert barereport["precision"] == "fp32" and barereport["bytes"] > report["bytes"]
 
 
 def test_the_words_of_the_source_are_understood():

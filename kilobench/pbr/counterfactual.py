@@ -32,12 +32,13 @@ from .train import predict_maps, smaller, smaller_maps, train
 # %% ../../nbs/pbr/04_counterfactual.ipynb #9eb8d898
 @dataclass(frozen=True)
 class Capture:
-    """A material [8, H, W] and its photographs' lights and eyes [V, 3]; dirt 0..1: strength of a phone's faults, `seed` their choice."""
+    """A material [8, H, W] and its photographs' lights and eyes [V, 3]; dirt 0..1: strength of a phone's faults, `seed` their choice; `told`: where the lights are said to be, None: where they are."""
     maps: Tensor
     lights: Tensor
     eyes: Tensor
     seed: int = 0
     dirt: float = 0.0
+    told: Tensor | None = None
 
     @property
     def photos(self) -> Tensor:
@@ -45,7 +46,7 @@ class Capture:
         return dirty(clean, self.seed, self.dirt) if self.dirt else clean
 
     @property
-    def rig(self) -> Tensor: return torch.cat([self.lights, self.eyes], 1)
+    def rig(self) -> Tensor: return torch.cat([self.lights if self.told is None else self.told, self.eyes], 1)
 
 # %% ../../nbs/pbr/04_counterfactual.ipynb #bf3c9078
 def disc(size: int, radius: float = 0.6) -> Tensor:
@@ -89,15 +90,24 @@ def turned(lights: Tensor, k: int, degrees: float) -> Tensor:
     return out
 
 
-def _views(c: Capture, order: Sequence[int]) -> Capture: return replace(c, lights=c.lights[list(order)], eyes=c.eyes[list(order)])
+def _views(c: Capture, order: Sequence[int]) -> Capture:
+    at = list(order)
+    return replace(c, lights=c.lights[at], eyes=c.eyes[at], told=None if c.told is None else c.told[at])
+
+
+def _misplaced(c: Capture, degrees: float) -> Capture:
+    lights = c.lights
+    for k in range(len(lights)): lights = turned(lights, k, degrees)
+    return replace(c, lights=lights, told=c.lights)
 
 
 def edits_of(c: Capture) -> list[Edit[Capture]]:
-    """All edits of a capture: four of the material, and five of its photographs that must change nothing."""
+    """All edits of a capture: four of the material, and six of its photographs that must change nothing."""
     v, back = len(c.lights), replace(c)
     same = lambda name, kind, do: Edit(name, kind, do, lambda _: replace(back), null=True)
     out = [make(c) for make in MATERIAL_EDITS.values()]
-    out += [same("first light turned by 40°", "light", lambda c: replace(c, lights=turned(c.lights, 0, 40))), same("in another order", "order", lambda c: _views(c, range(v)[::-1])),
+    out += [same("first light turned by 40°", "light", lambda c: replace(c, lights=turned(c.lights, 0, 40))), same("lights 10° from where they are said to be", "misplaced", lambda c: _misplaced(c, 10)),
+            same("in another order", "order", lambda c: _views(c, range(v)[::-1])),
             same("one shown twice", "repeated", lambda c: _views(c, [*range(v), 0])), same("a phone's faults", "dirt", lambda c: replace(c, dirt=1.0))]
     return out + ([same("the last left out", "dropped", lambda c: _views(c, range(v - 1)))] if v > 1 else [])
 

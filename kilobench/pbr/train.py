@@ -31,7 +31,7 @@ from .data import PbrData, data, stamp_of_files
 from .discriminator import PatchGAN, d_loss, g_loss
 from .losses import degrees, map_terms, material_loss
 from .model import NETWORKS, Network, build
-from .recipe import PbrRecipe
+from .recipe import ModelPart, PbrRecipe, StudentPart
 from .source_shards import SourceShards, check_order
 from .students import rebalanced
 
@@ -283,8 +283,9 @@ def load_trained(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     """(network in eval mode, its config) from a file that `save_trained` wrote; checksum verified."""
     state, config = load_student(path)
     with building(path, state, "network of the pbr project"):
-        where = "model" if config["network"] == "teacher" else "student"
-        recipe = PbrRecipe.make("cpu", {f"{where}.{k}": v for k, v in config["part"].items()} | {f"{where}.pretrained": False, "data.image_size": max(32, int(config["map_size"]))})
+        where, kind = ("model", ModelPart) if config["network"] == "teacher" else ("student", StudentPart)
+        part = kind().model_dump() | config["part"] | {"pretrained": False}      # a field that a file is too old to know has its default, not a preset's value
+        recipe = PbrRecipe.make("cpu", {f"{where}.{k}": v for k, v in part.items()} | {"data.image_size": max(32, int(config["map_size"]))})
         model = build(config["network"], recipe)
         rig, sizes = torch.tensor(config["rig"], dtype=torch.float32), [config[k] for k in ("views", "image_size", "map_size")]
         if rig.shape != (sizes[0], 6) or not rig.isfinite().all() or not all(type(n) is int and 1 <= n <= 8192 for n in sizes): raise ValueError(f"views, image_size and map_size are {str(sizes)[:60]}, the rig is {list(rig.shape)}")
