@@ -1,6 +1,7 @@
 """The pbr project: renderer, data on disk, losses, training, scores and commands, on real parts at toy size."""
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -465,6 +466,16 @@ def test_predict_writes_a_material(run, tmp_path):
     made = load_data(run)
     batch = made.fetch(made.rows("test")[:1])
     assert psnr(lit(again[None]), lit(predict_maps(net, batch["views"], batch["rig"]))).item() > 20
+
+
+def test_a_fit_explains_the_photographs_better(run, tmp_path, capsys):
+    commands.predict(sample_idx=0, out=tmp_path / "m", run=str(run.dir))
+    commands.predict(sample_idx=0, out=tmp_path / "fit", fit=15, run=str(run.dir))
+    after, before = map(float, re.search(r"to ([\d.]+) dB, ([\d.]+) before", capsys.readouterr().out).groups())
+    batch = load_data(run).fetch(load_data(run).rows("test")[:1])
+    agree = [psnr(render(read_maps(tmp_path / n, 32)[None], *rig())[0], batch["views"][0]).mean() for n in ("m", "fit")]
+    assert after > before + 1 and agree[1] > agree[0] + 1 and json.loads((tmp_path / "fit/material.json").read_text())["fit"] == 15
+    with pytest.raises(UserError, match="where the lights stood"): commands.predict(sample_idx=0, out=tmp_path / "no", fit=15, known_rig=False, run=str(run.dir))
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -205,7 +205,7 @@ def evaluate(run: Run[PbrRecipe]) -> None:
     for name, found in exported(run, networks["student"], splits[first]).items(): card.row(name, "student", found)
     card.row("student", "student", {}, {f"answers_{k}": v for k, v in read_json(run.path("answers.json")).items()})
     state_criteria(card, made, {n: by[first] for n, by in scores.items()}, price, r.preset not in ("smoke", "cpu"))
-    few = {n: answers[n][first] for n in ("teacher", "student", "alone", "photometric stereo", "mean colour, flat") if n in answers}
+    few: dict[str, Tensor] = {n: answers[n][first] for n in ("teacher", "student", "alone", "photometric stereo", "mean colour, flat") if n in answers}
     card.picture("under a light nobody photographed", sheet(splits[first], few), caption="unseen materials; then their normals", hero=True)
     card.picture("the four maps", map_sheet(splits[first], answers["student"][first]), caption="truth, student, difference")
     worst = score_order(answers["student"][first], splits[first]["maps"])[:6]
