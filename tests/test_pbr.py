@@ -29,6 +29,7 @@ from kilobench.pbr.losses import cosine_gap, degrees, map_terms, material_loss, 
 from kilobench.pbr.materials import draw_material
 from kilobench.pbr.model import build, build_teacher
 from kilobench.pbr.recipe import PRESETS, STUDENTS, DataPart, LossPart, ModelPart, PbrRecipe
+from kilobench.pbr.synthesis import fit_maps, photometric_stereo
 from kilobench.pbr.train import Answers, altered, ask_teacher, key_of, lit, load_trained, mirrored, predict_maps, save_trained, smaller, smaller_maps, train, train_student, train_teacher, usual_rig, varied
 
 TEXTURES = Path(__file__).parents[2] / "shared" / "data" / "pbr_cc0"
@@ -466,6 +467,14 @@ def test_predict_writes_a_material(run, tmp_path):
     made = load_data(run)
     batch = made.fetch(made.rows("test")[:1])
     assert psnr(lit(again[None]), lit(predict_maps(net, batch["views"], batch["rig"]))).item() > 20
+
+
+def test_a_fit_is_the_same_a_few_at_a_time(materials, monkeypatch):
+    photos, setup = render(materials, *rig()), torch.cat(rig(), 1).expand(len(materials), -1, -1)
+    start = photometric_stereo(photos, setup)
+    whole = fit_maps(start, photos, setup, 5)
+    monkeypatch.setattr("kilobench.pbr.synthesis.AT_ONCE", 1)
+    assert torch.allclose(fit_maps(start, photos, setup, 5), whole, atol=1e-5) and not torch.allclose(whole, start, atol=1e-2)
 
 
 def test_a_fit_explains_the_photographs_better(run, tmp_path, capsys):

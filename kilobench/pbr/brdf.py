@@ -57,7 +57,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors [..., 3, H, W] made unit over channels, zeros left alone; several times as fast as `F.normalize`, which reduces over a strided dimension."""
+    """Vectors [..., 3, H, W] made unit over channels, zeros left alone; not by `F.normalize`, whose reduction over a strided dimension is slow."""
     return x * dot(x, x).clamp(min=1e-16).rsqrt()
 
 
@@ -76,7 +76,7 @@ def smith(nl: Tensor, nv: Tensor, alpha: Tensor) -> Tensor:
 def schlick(vh: Tensor, f0: Tensor | float) -> Tensor:
     """Reflectance of one microfacet (Schlick 1994)."""
     short = (1 - vh).clamp(0.0, 1.0)
-    return f0 + (1 - f0) * (short.square().square() * short)      # no general power: half the time
+    return f0 + (1 - f0) * (short.square().square() * short)      # a general power is slow
 
 # %% ../../nbs/pbr/00a_brdf.ipynb #f2a2e5f9
 def reflect(material: Material, light: Tensor, eye: Tensor) -> Tensor:

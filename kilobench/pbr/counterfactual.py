@@ -157,7 +157,7 @@ def assess_networks(run: Run[PbrRecipe], networks: Mapping[str, nn.Module], n: i
 def assess_untrained(run: Run[PbrRecipe], student: nn.Module, n: int) -> dict[str, Assessment]:
     """Row → the same for what is computed and not learned: photometric stereo, and the student's answer after a fit (edits of the material only: it is slow)."""
     size, captures = run.recipe.map_size, captures_of(run, n)
-    fitted = lambda views, rigs: fit_maps(smaller_maps(predict_maps(student, smaller(views, run.recipe.student_size), rigs), size), views, rigs)
+    fitted = lambda views, rigs: fit_maps(smaller_maps(predict_maps(student, smaller(views, run.recipe.student_size), rigs), size), views, rigs, device=run.device)
     material = lambda c: [e for e in edits_of(c) if not e.null]
     return {"photometric stereo": assess(captures, edits_of, ask_exact(size), ask_reader(photometric_stereo, size, size), batch=128),
             FITTED: assess(captures, material, ask_exact(size), ask_reader(fitted, size, size), batch=128, pairs=0)}

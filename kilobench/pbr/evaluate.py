@@ -84,8 +84,8 @@ def asked(made: PbrData, recipe: PbrRecipe) -> dict[str, dict[str, Tensor]]:
     return out
 
 
-def answer_all(networks: Mapping[str, nn.Module], splits: Mapping[str, Mapping[str, Tensor]], made: PbrData, recipe: PbrRecipe) -> dict[str, dict[str, Tensor]]:
-    """Row → split → maps, for networks, heuristics and controls (these on test and real only)."""
+def answer_all(networks: Mapping[str, nn.Module], splits: Mapping[str, Mapping[str, Tensor]], made: PbrData, recipe: PbrRecipe, device: torch.device | str = "cpu") -> dict[str, dict[str, Tensor]]:
+    """Row → split → maps, for networks, heuristics and controls (these on test and real only); the fit on `device`."""
     mean = mean_material(made, recipe.map_size)
     out: dict[str, dict[str, Tensor]] = {name: {} for name in networks}
     for split, batch in splits.items():
@@ -95,7 +95,7 @@ def answer_all(networks: Mapping[str, nn.Module], splits: Mapping[str, Mapping[s
         if split in ("test", "real"):
             views = smaller(batch["full"], recipe.map_size)
             for name, maps in guesses({"views": views, "maps": batch["maps"], "rig": batch["rig"]}, mean).items(): out.setdefault(name, {})[split] = maps
-            if "student" in networks and recipe.data.rig != "free" and known(batch["rig"]).all(): out.setdefault(FITTED, {})[split] = fit_maps(out["student"][split], views, batch["rig"])
+            if "student" in networks and recipe.data.rig != "free" and known(batch["rig"]).all(): out.setdefault(FITTED, {})[split] = fit_maps(out["student"][split], views, batch["rig"], device=device)
     return out
 
 
@@ -192,7 +192,7 @@ def evaluate(run: Run[PbrRecipe]) -> None:
     networks, made, r = train(run), data(run), run.recipe
     lpips = LPIPS("alex")
     card, splits = Scorecard(run, stamp_of(r, lpips, made)), asked(made, r)
-    answers, price = answer_all(networks, splits, made, r), costs(networks, r)
+    answers, price = answer_all(networks, splits, made, r, run.device), costs(networks, r)
     scores = {name: {s: score_maps(maps, splits[s]["maps"]) for s, maps in by.items()} for name, by in answers.items()}
     for name, by in scores.items():
         metrics: dict[str, Any] = {}
